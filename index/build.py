@@ -1,0 +1,228 @@
+"""Build a gallery or bring it up to date, take items out, and say what it holds. `index.check` checks it."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from cots.data.samples import Sample, iter_samples
+from cots.embed import Progress, embed
+from cots.errors import MediaError
+from index.gallery import Gallery, create_gallery, open_gallery, writing
+from index.known import Change, KnownItems
+from index.writer import TableWriter
+
+if TYPE_CHECKING:
+    from cots.model.retrieval_model import RetrievalModel
+
+MANY_FRAGMENTS = 16
+KEEP_VERSIONS = timedelta(days=1)
+
+
+@dataclass
+class BuildReport:
+    """What a build did.
+
+    Attributes:
+        added, updated: items embedded, for new files and for changed ones.
+        unchanged: items whose files were not read.
+        moved: items whose file has another path or time, with the content known.
+        relabelled: items whose captions, source or licence changed in the source.
+        missing: files of items that are gone but were kept.
+        pruned: items removed because their file is gone.
+        failed: files that could not be read.
+        seconds: for the whole build; embedding_seconds: for the part that embeds.
+        items, vectors: what the gallery holds now.
+    """
+
+    added: int = 0
+    updated: int = 0
+    unchanged: int = 0
+    moved: int = 0
+    relabelled: int = 0
+    missing: list[str] = field(default_factory=list)
+    pruned: int = 0
+    failed: list[MediaError] = field(default_factory=list)
+    seconds: float = 0.0
+    embedding_seconds: float = 0.0
+    items: int = 0
+    vectors: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Items embedded a second."""
+        return (self.added + self.updated) / self.embedding_seconds if self.embedding_seconds else 0.0
+
+
+def build(
+    sources: Sequence[str | Path],
+    gallery_dir: str | Path,
+    model: "RetrievalModel",
+    *,
+    prune: bool = False,
+    batch_size: int = 32,
+    workers: int | None = None,
+    max_bad_share: float = 1.0,
+    on_error: Callable[[MediaError], None] = lambda error: None,
+    progress: Callable[[Progress], None] | None = None,
+) -> BuildReport:
+    """Create the gallery of some sources, or bring it up to date: only new and changed files are embedded.
+
+    Ctrl-C or a kill loses at most the last seconds' results; the next build goes on from there.
+
+    Args:
+        sources: see `cots.data.samples.iter_samples`.
+        gallery_dir: the gallery's directory; made if there is none.
+        model: must be the one that built the gallery.
+        prune: remove the items whose files are gone, from whichever source they came.
+        batch_size, workers, max_bad_share, progress: see `cots.embed.embed`.
+        on_error: called with each file that cannot be read; the report lists them too.
+
+    Raises:
+        SourceError: a source does not exist or holds no media; or too many files are unreadable.
+        GalleryError: another model built the gallery, or another process is changing it.
+    """
+    started = time.perf_counter()
+    report = BuildReport()
+
+    def failed(error: MediaError) -> None:
+        report.failed.append(error)
+        on_error(error)
+
+    stream = iter_samples(sources, on_error=failed)
+    with writing(gallery_dir) as directory:
+        gallery = create_gallery(directory, model)
+        fresh = gallery.table.count_rows() == 0
+        known = KnownItems(gallery)
+        writer = TableWriter(gallery, _reserve_ids(gallery))
+        try:
+            wanted = _sort_out(stream, known, writer, report, failed)
+            begun = time.perf_counter()
+            embedded = embed(
+                (sample for sample, _ in wanted),
+                model,
+                on_error=failed,
+                batch_size=batch_size,
+                workers=workers,
+                max_bad_share=max_bad_share,
+                total=len(wanted),
+                progress=progress,
+            )
+            items = {sample.path: item for sample, item in wanted}
+            for result in embedded:
+                item = items[result.sample.path]
+                writer.put(result, item)
+                report.added += item is None
+                report.updated += item is not None
+            report.embedding_seconds = time.perf_counter() - begun
+        finally:
+            writer.commit()
+            gallery.manifest.with_next_id(writer.next_id).write(directory)
+        _settle_missing(gallery, known.missing(), prune, report)
+        _tidy(gallery, fresh)
+        snapshot = open_gallery(directory).snapshot
+    report.items, report.vectors = int((~snapshot.moments).sum()), len(snapshot)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def remove(gallery_dir: str | Path, where: str) -> int:
+    """Remove the items of which a row meets an SQL condition, with all their rows. Files are left alone.
+
+    Returns:
+        The number of items removed.
+
+    Raises:
+        GalleryError: there is no gallery, the condition cannot be used, or another process is changing the gallery.
+    """
+    open_gallery(gallery_dir)
+    with writing(gallery_dir) as directory:
+        gallery = open_gallery(directory)
+        _reserve_ids(gallery)
+        snapshot = gallery.snapshot
+        items = np.unique(snapshot.items[snapshot.positions(gallery.ids(where))])
+        gallery.remove_items(items)
+    return len(items)
+
+
+def info(gallery_dir: str | Path) -> dict[str, Any]:
+    """What a gallery holds: the document that `cots index info --json` prints. `version` is the table's.
+
+    Raises:
+        GalleryError: there is no gallery, or it cannot be read.
+    """
+    gallery = open_gallery(gallery_dir)
+    snapshot, manifest = gallery.snapshot, gallery.manifest
+    videos = int((snapshot.videos & ~snapshot.moments).sum())
+    items = int((~snapshot.moments).sum())
+    return {
+        "items": items,
+        "vectors": len(snapshot),
+        "images": items - videos,
+        "videos": videos,
+        "model": manifest.model,
+        "fingerprint": manifest.fingerprint,
+        "dimension": manifest.dimension,
+        "engine": manifest.engine,
+        "version": snapshot.version,
+        "format": manifest.format,
+        "dtype": manifest.dtype,
+        "created": manifest.created,
+        "sources": sorted(set(snapshot.rows["source"].unique().to_pylist())),
+    }
+
+
+def _reserve_ids(gallery: Gallery) -> int:
+    """The first id that no row has had, noted before any row is removed, so that a kill then cannot free an id."""
+    ids = gallery.table.search().select(["id"]).to_arrow()["id"]
+    next_id = max(gallery.manifest.next_id, (pc.max(ids).as_py() or 0) + 1)
+    gallery.manifest.with_next_id(next_id).write(gallery.directory)
+    return next_id
+
+
+def _sort_out(
+    samples: Iterable[Sample],
+    known: KnownItems,
+    writer: TableWriter,
+    report: BuildReport,
+    failed: Callable[[MediaError], None],
+) -> list[tuple[Sample, int | None]]:
+    """Settle the samples whose content is known; give those to embed, each with the item that it replaces."""
+    wanted: list[tuple[Sample, int | None]] = []
+    for sample in samples:
+        try:
+            change, item = known.compare(sample)
+        except MediaError as error:
+            failed(error)
+            continue
+        if change in (Change.NEW, Change.CHANGED):
+            wanted.append((sample, item))
+            continue
+        assert item is not None  # only a new file has none
+        report.unchanged += change is Change.UNCHANGED
+        report.moved += change is Change.MOVED
+        report.relabelled += change is Change.RELABELLED
+        if change is not Change.UNCHANGED:
+            writer.relabel(item, sample)
+    return wanted
+
+
+def _settle_missing(gallery: Gallery, missing: list[tuple[int, str]], prune: bool, report: BuildReport) -> None:
+    """Remove the items whose files are gone, or only say so."""
+    if prune:
+        gallery.remove_items([item for item, _ in missing])
+        report.pruned = len(missing)
+    else:
+        report.missing = [gallery.absolute_path(path) for _, path in missing]
+
+
+def _tidy(gallery: Gallery, fresh: bool) -> None:
+    """Merge many small fragments into one. Versions before the first complete one have no readers and are dropped."""
+    statistics: dict[str, Any] = gallery.table.stats()  # type: ignore[assignment]  # annotated as a class, is a dict
+    if fresh or statistics["fragment_stats"]["num_fragments"] > MANY_FRAGMENTS:
+        gallery.table.optimize(cleanup_older_than=timedelta(milliseconds=1) if fresh else KEEP_VERSIONS)

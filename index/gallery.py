@@ -1,0 +1,251 @@
+"""A gallery: one directory with the LanceDB table of record, `manifest.json`, and what is derived from them.
+
+    gallery = cots.open_gallery("my-gallery")
+    result = gallery.search("a red truck", k=10)
+
+The table `vectors` has one row a vector. An image is one row; a video is a pooled row and one row a moment. Rows of one
+thing share `item`, which is the id of its first row. Whoever writes holds the gallery's lock; whoever reads needs no
+permission to write.
+"""
+
+import fcntl
+import mimetypes
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from cots.data.shards import MEMBER_SEPARATOR, read_media
+from cots.errors import GalleryError, MissingDependency
+from index.manifest import Manifest
+from index.snapshot import COLUMNS, Snapshot, load_snapshot
+
+if TYPE_CHECKING:
+    from lancedb.table import Table
+
+    from cots.model.retrieval_model import RetrievalModel
+    from index.search import Searcher, SearchResult
+
+TABLE = "vectors"
+LOCK = ".lock"
+_LAST_VERSION = 2**64 - 1
+
+
+def schema(dimension: int) -> pa.Schema:
+    """The table's columns. Texts are never null; numbers are where they have no meaning."""
+    return pa.schema(
+        [
+            pa.field("id", pa.int64(), nullable=False),
+            pa.field("item", pa.int64(), nullable=False),
+            pa.field("kind", pa.string(), nullable=False),
+            pa.field("moment", pa.bool_(), nullable=False),
+            pa.field("path", pa.string(), nullable=False),
+            pa.field("source", pa.string(), nullable=False),
+            pa.field("caption", pa.string(), nullable=False),
+            pa.field("captions", pa.list_(pa.string()), nullable=False),
+            pa.field("licence", pa.string(), nullable=False),
+            pa.field("start", pa.float64()),
+            pa.field("end", pa.float64()),
+            pa.field("frame_time", pa.float64()),
+            pa.field("content_hash", pa.string(), nullable=False),
+            pa.field("size", pa.int64(), nullable=False),
+            pa.field("mtime", pa.float64(), nullable=False),
+            pa.field("width", pa.int32(), nullable=False),
+            pa.field("height", pa.int32(), nullable=False),
+            pa.field("duration", pa.float64()),
+            pa.field("vector", pa.list_(pa.float16(), dimension), nullable=False),
+        ]
+    )
+
+
+def open_gallery(directory: str | Path) -> "Gallery":
+    """Open a gallery for reading.
+
+    Raises:
+        GalleryError: there is none, it is damaged, or a newer version of COTS wrote it.
+    """
+    directory = Path(directory).expanduser().absolute()
+    manifest = Manifest.read(directory)
+    if not (directory / f"{TABLE}.lance").is_dir():
+        raise GalleryError(f"The gallery {directory} has lost its table {TABLE}.lance; build a new one elsewhere.")
+    return Gallery(directory, manifest)
+
+
+def create_gallery(directory: str | Path, model: "RetrievalModel") -> "Gallery":
+    """Open the gallery of this model in a directory, and make an empty one where there is none.
+
+    Raises:
+        GalleryError: it was built by another model, or the directory holds vectors of unknown origin.
+    """
+    directory = Path(directory).expanduser().absolute()
+    if (directory / "manifest.json").is_file():
+        gallery = open_gallery(directory)
+        gallery.require(model)
+        return gallery
+    directory.mkdir(parents=True, exist_ok=True)
+    # The manifest comes after the table, so that what opens has one, and before the first row, whose meaning it is.
+    table = _lancedb().connect(str(directory)).create_table(TABLE, schema=schema(model.dimension), exist_ok=True)
+    if table.count_rows():
+        raise GalleryError(
+            f"{directory} holds vectors but no manifest.json to say what made them; use a new directory."
+        )
+    manifest = Manifest.for_model(model.name, model.fingerprint, model.dimension)
+    manifest.write(directory)
+    return Gallery(directory, manifest)
+
+
+class Gallery:
+    """An open gallery.
+
+    Attributes:
+        directory: where it lies, absolute.
+        manifest: the model that made it, and how vectors are kept.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self._roots = tuple({f"{root}/" for root in (directory, directory.resolve())})
+        self._searcher: Searcher | None = None
+
+    @cached_property
+    def table(self) -> "Table":
+        """The LanceDB table of record. Its first use imports LanceDB."""
+        return _lancedb().connect(str(self.directory)).open_table(TABLE)
+
+    @property
+    def version(self) -> int:
+        """The latest version of the table, from the names of version files, which Lance counts down from 2^64 - 1."""
+        names = (path.stem for path in (self.directory / f"{TABLE}.lance" / "_versions").glob("*.manifest"))
+        return max((_LAST_VERSION - int(name) for name in names if name.isdecimal()), default=0)
+
+    @cached_property
+    def snapshot(self) -> Snapshot:
+        """The table as it is when first asked for, laid out for search. To see a newer one, open the gallery again."""
+        return load_snapshot(self.directory, self.version, self.read_rows)
+
+    def read_rows(self) -> pa.Table:
+        """The rows of the table's latest version as a snapshot has them: its `COLUMNS`, sorted by (item, id)."""
+        self.table.checkout_latest()
+        rows = self.table.search().select(list(COLUMNS)).to_arrow()
+        return rows.sort_by([("item", "ascending"), ("id", "ascending")]).combine_chunks()
+
+    def require(self, model: "RetrievalModel") -> None:
+        """Refuse a model whose vectors cannot be compared with this gallery's.
+
+        Raises:
+            GalleryError: the fingerprints differ; both models are named.
+        """
+        self.manifest.require(model.name, model.fingerprint, self.directory)
+
+    def ids(self, where: str) -> np.ndarray:
+        """Ids of the rows for which an SQL condition holds, as (M,) int64.
+
+        Raises:
+            GalleryError: the condition cannot be parsed or names an unknown column; the message lists those that exist.
+        """
+        self.table.checkout_latest()
+        try:
+            found = self.table.search().where(where).select(["id"]).to_arrow()
+        except (ValueError, RuntimeError) as error:
+            raise bad_filter(where, error, self.table.schema.names) from error
+        return found["id"].to_numpy()
+
+    def remove_items(self, items: Iterable[int]) -> None:
+        """Delete all rows of some items, in one commit. The caller holds the lock."""
+        listed = ", ".join(str(int(item)) for item in items)
+        if listed:
+            self.table.delete(f"item IN ({listed})")
+
+    def stored_path(self, path: str) -> str:
+        """How the table names a file: relative if it lies in the gallery's directory, so that the two move together."""
+        for root in self._roots:
+            if path.startswith(root):
+                return path.removeprefix(root)
+        return path
+
+    def absolute_path(self, stored: str) -> str:
+        """Where a file that the table names lies."""
+        return str(self.directory / stored)
+
+    def media(self, id: int) -> tuple[str | bytes, str]:
+        """The image or video of a row: its path, or its bytes if it lies in a .tar shard; and its MIME type.
+
+        Raises:
+            GalleryError: there is no such row.
+            MediaError: the shard or its member is gone.
+        """
+        row = self.row(id)
+        path = self.absolute_path(row["path"])
+        mime = mimetypes.guess_type(path, strict=False)[0] or f"{row['kind']}/*"
+        return (read_media(path) if MEMBER_SEPARATOR in path else path), mime
+
+    def row(self, id: int) -> dict[str, Any]:
+        """All that the snapshot knows of a row, but its vector.
+
+        Raises:
+            GalleryError: there is no such row.
+        """
+        position = self.snapshot.positions(np.array([id]))
+        if not len(position):
+            raise GalleryError(f"The gallery {self.directory} has no row {id}; take an id from a search result.")
+        return self.snapshot.row(int(position[0]))
+
+    def search(self, text: str | None = None, *, model: "RetrievalModel | None" = None, **query: Any) -> "SearchResult":
+        """Search by text, picture or both; see `Searcher.search` for what can be asked.
+
+        The model is by default the one that built the gallery, loaded at the first search and kept.
+
+        Raises:
+            GalleryError: the model is another than the gallery's, or the query cannot be answered.
+        """
+        from index.search import Searcher
+
+        if self._searcher is None or (model is not None and model is not self._searcher.model):
+            if model is None:
+                from cots.model.pretrained import load_model
+
+                model = load_model(self.manifest.model)
+            self._searcher = Searcher(self, model)
+        return self._searcher.search(text, **query)
+
+
+@contextmanager
+def writing(directory: str | Path) -> Iterator[Path]:
+    """Hold the lock of a gallery, whose directory is made if there is none, and give its absolute path.
+
+    The kernel frees the lock when the process ends, however it ends.
+
+    Raises:
+        GalleryError: another process holds it, or the directory cannot be written to.
+    """
+    directory = Path(directory).expanduser().absolute()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / LOCK).open("w")
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise GalleryError(f"The gallery {directory} cannot be written to ({reason}); choose another place.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise GalleryError(f"Another process is changing the gallery {directory}; wait until it ends.") from error
+        yield directory
+
+
+def bad_filter(where: str, error: Exception, columns: list[str]) -> GalleryError:
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    return GalleryError(f"The filter {where!r} cannot be used ({reason}); the columns are: {', '.join(columns)}.")
+
+
+def _lancedb() -> Any:
+    try:
+        import lancedb
+    except ImportError as error:
+        raise MissingDependency("lancedb", "pip install 'cots[cpu]'") from error
+    return lancedb

@@ -1,0 +1,109 @@
+"""`manifest.json`: what a gallery's vectors mean. Without it they are numbers that no query may be compared with."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cots.errors import GalleryError
+
+FORMAT = 1
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The model that made the vectors, and how they are kept.
+
+    Attributes:
+        model: the name that the model was loaded by; a directory's is absolute.
+        fingerprint: hash of the model's weights, transform and tokenizer. A query must come from a model of the same.
+        dimension: D of the vectors.
+        dtype: type of the stored vectors.
+        engine: what answers queries.
+        created: ISO 8601, UTC.
+        next_id: ids that removed rows have had are below it, so that none is given twice.
+        format: version of the gallery's layout.
+    """
+
+    model: str
+    fingerprint: str
+    dimension: int
+    dtype: str = "float16"
+    engine: str = "exact"
+    created: str = ""
+    next_id: int = 0
+    format: int = FORMAT
+
+    @classmethod
+    def for_model(cls, name: str, fingerprint: str, dimension: int) -> "Manifest":
+        """The manifest of a new gallery."""
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(_findable(name), fingerprint, dimension, created=created)
+
+    @classmethod
+    def read(cls, directory: Path) -> "Manifest":
+        """Read the manifest of a gallery.
+
+        Raises:
+            GalleryError: there is none, it is damaged, or a newer version of COTS wrote it.
+        """
+        path = directory / NAME
+        if not directory.is_dir():
+            raise GalleryError(
+                f"There is no gallery at {directory}; make one with: cots index build SOURCE --gallery {directory}"
+            )
+        if not path.is_file():
+            raise GalleryError(
+                f"{directory} is not a gallery (it has no {NAME}); make one with: cots index build SOURCE --gallery DIR"
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            written = int(values["format"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise GalleryError(
+                f"{path} is damaged ({error}); restore it, or build the gallery again in a new directory."
+            ) from error
+        if written > FORMAT:
+            raise GalleryError(
+                f"The gallery {directory} has format {written}, newer than this version reads ({FORMAT}); upgrade cots."
+            )
+        try:
+            return cls(**{field.name: values[field.name] for field in fields(cls)})
+        except KeyError as error:
+            raise GalleryError(
+                f"{path} lacks {error}; restore it, or build the gallery again in a new directory."
+            ) from error
+
+    def write(self, directory: Path) -> None:
+        """Replace the manifest on disk: after a crash there is the old one or the new one."""
+        scratch = directory / f".{NAME}.new"
+        with scratch.open("w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(directory / NAME)
+
+    def with_next_id(self, next_id: int) -> "Manifest":
+        return replace(self, next_id=max(next_id, self.next_id))
+
+    def require(self, model: str, fingerprint: str, directory: Path) -> None:
+        """Refuse a model whose vectors cannot be compared with this gallery's.
+
+        Raises:
+            GalleryError: the fingerprints differ.
+        """
+        if fingerprint == self.fingerprint:
+            return
+        ours, theirs = f"{self.model!r} ({self.fingerprint[:8]})", f"{model!r} ({fingerprint[:8]})"
+        raise GalleryError(
+            f"The gallery {directory} was built by the model {ours}, not by {theirs}; "
+            f"use --model {self.model}, or build another gallery: cots index build SOURCE --gallery NEW --model {model}"
+        )
+
+
+def _findable(model: str) -> str:
+    """A model directory is named so that it is found from any working directory."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model

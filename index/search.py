@@ -1,0 +1,210 @@
+"""Search: a query becomes one vector, the vector meets all rows, and each item is reported once, at its best moment."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from cots.errors import GalleryError
+from index.exact import ExactIndex
+from index.gallery import Gallery
+
+if TYPE_CHECKING:
+    from cots.model.retrieval_model import RetrievalModel
+
+NEGATIVE_WEIGHT = 0.5
+KINDS = ("image", "video")
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An item that was found.
+
+    Attributes:
+        rank: from 1.
+        score: cosine between the query and the item's best vector.
+        path: where the file lies, absolute; "SHARD.tar::MEMBER" for a member of a shard.
+        kind: "image" or "video".
+        caption: the item's captions, joined; may be empty.
+        start, end: seconds of a video's best moment; None for an image.
+        frame: seconds of the frame that stands for this moment; None for an image.
+        id: the row of the best vector that a moment or image has, for `Gallery.media` and `like`.
+        source, licence: as the gallery's source said; may be empty.
+    """
+
+    rank: int
+    score: float
+    path: str
+    kind: str
+    caption: str
+    start: float | None
+    end: float | None
+    frame: float | None
+    id: int
+    source: str
+    licence: str
+
+
+@dataclass
+class SearchResult:
+    """What a query found.
+
+    Attributes:
+        query: the text, or "" for a search without one.
+        model: name of the model that encoded it.
+        took_ms: milliseconds of "encode", "search" and "fetch".
+        hits: best first; fewer than asked for only if no more items match.
+    """
+
+    query: str
+    model: str
+    took_ms: dict[str, float] = field(default_factory=dict)
+    hits: list[Hit] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document that `cots search --json` prints."""
+        return asdict(self)
+
+    @contextmanager
+    def timing(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.took_ms[part] = round(1000 * (time.perf_counter() - started), 3)
+
+
+class Searcher:
+    """A gallery and its model, ready to answer.
+
+    Raises:
+        GalleryError: the gallery was built by another model.
+    """
+
+    def __init__(self, gallery: Gallery, model: "RetrievalModel") -> None:
+        gallery.require(model)
+        self.gallery = gallery
+        self.model = model
+        self.snapshot = gallery.snapshot
+        self.index = ExactIndex(self.snapshot.vectors, self.snapshot.ids)
+
+    def search(
+        self,
+        text: str | None = None,
+        *,
+        image: Image.Image | None = None,
+        without: str | None = None,
+        like: int | None = None,
+        where: str | None = None,
+        kind: str | None = None,
+        k: int = 10,
+    ) -> SearchResult:
+        """Find the k items nearest to a query.
+
+        Args:
+            text: what the item should show.
+            image: an RGB picture that it should resemble. Of several wishes the normalised sum is taken.
+            without: what it should not show: half its vector is subtracted from the wishes.
+            like: id of a row that it should resemble; that row's item is not among the hits.
+            where: an SQL condition on the table's columns.
+            kind: "image" or "video" only.
+            k: number of items.
+
+        Raises:
+            GalleryError: there is no wish, k is below 1, the kind or id is unknown, or the condition cannot be used.
+        """
+        if k < 1:
+            raise GalleryError(f"k is {k}; ask for at least one hit.")
+        result = SearchResult((text or "").strip(), self.model.name)
+        with result.timing("encode"):
+            query = self._encode(result.query, image, (without or "").strip(), like)
+        with result.timing("search"):
+            allowed = self._allowed(where, kind, like)
+            found = self._best_items(query, k, allowed)
+        with result.timing("fetch"):
+            result.hits = [self._hit(rank, *item, query, allowed) for rank, item in enumerate(found, start=1)]
+        return result
+
+    def _encode(self, text: str, image: Image.Image | None, without: str, like: int | None) -> np.ndarray:
+        """The wishes as one vector (D,) float32 of unit norm."""
+        wishes: list[np.ndarray] = []
+        texts = self.model.encode_texts([sentence for sentence in (text, without) if sentence]).numpy()
+        if text:
+            wishes.append(texts[0])
+        if image is not None:
+            wishes.append(self.model.encode_images(self.model.transform(image)[None]).numpy()[0])
+        if like is not None:
+            self.gallery.row(like)
+            wishes.append(self.snapshot.vectors[self.snapshot.positions(np.array([like]))[0]].astype(np.float32))
+        if not wishes:
+            raise GalleryError("There is nothing to search for; give a text, a picture or the id of a row to be like.")
+        query = _unit(np.sum(wishes, axis=0))
+        return _unit(query - NEGATIVE_WEIGHT * texts[-1]) if without else query
+
+    def _allowed(self, where: str | None, kind: str | None, like: int | None) -> np.ndarray | None:
+        """Which rows may be found: (N,) bool, or None for all."""
+        if where is None and kind is None and like is None:
+            return None
+        allowed = np.ones(len(self.snapshot), bool)
+        if kind is not None:
+            if kind not in KINDS:
+                raise GalleryError(f"There is no kind {kind!r}; ask for image or video.")
+            allowed &= self.snapshot.videos == (kind == "video")
+        if where is not None:
+            matching = np.zeros(len(self.snapshot), bool)
+            matching[self.snapshot.positions(self.gallery.ids(where))] = True
+            allowed &= matching
+        if like is not None:
+            allowed[self.snapshot.rows_of(self.gallery.row(like)["item"])] = False
+        return allowed
+
+    def _best_items(self, query: np.ndarray, k: int, allowed: np.ndarray | None) -> list[tuple[int, float]]:
+        """The k best items, each with its best row's score. Rows are fetched until they hold k items or run out."""
+        fetch = 2 * k
+        while True:
+            scores, ids = self.index.search(query[None], fetch, allowed)
+            items = self.snapshot.items[self.snapshot.positions(ids[0])]
+            distinct, first = np.unique(items, return_index=True)
+            if len(distinct) >= k or ids.shape[1] < fetch:
+                best = np.sort(first)[:k]
+                return [(int(items[row]), float(scores[0, row])) for row in best]
+            fetch *= 4
+
+    def _hit(self, rank: int, item: int, score: float, query: np.ndarray, allowed: np.ndarray | None) -> Hit:
+        """Read an item's row; of a video the best moment that the filter allows."""
+        rows = self.snapshot.rows_of(item)
+        candidates = np.arange(rows.start, rows.stop)
+        if allowed is not None:
+            candidates = candidates[allowed[rows]]
+        moments = candidates[self.snapshot.moments[candidates]]
+        if len(moments):
+            candidates = moments
+        scores = self.snapshot.vectors[candidates].astype(np.float32) @ query
+        row = self.snapshot.row(int(candidates[np.argmax(scores)]))
+        return Hit(
+            rank=rank,
+            score=score,
+            path=self.gallery.absolute_path(row["path"]),
+            kind=row["kind"],
+            caption=row["caption"],
+            start=row["start"],
+            end=row["end"],
+            frame=row["frame_time"],
+            id=row["id"],
+            source=row["source"],
+            licence=row["licence"],
+        )
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    """Scale to unit norm.
+
+    Raises:
+        GalleryError: it is not finite, or its direction is lost because the wishes cancel out.
+    """
+    norm = float(np.linalg.norm(vector))
+    if not np.isfinite(norm) or norm < 1e-6:
+        raise GalleryError(f"The query has no direction (its vector has the norm {norm}); ask for something else.")
+    return (vector / norm).astype(np.float32)

@@ -1,0 +1,129 @@
+"""A snapshot: one version of the table, laid out for search and mapped into memory.
+
+Reading it needs neither LanceDB, whose import takes seconds, nor a copy of the vectors. It is derived: the file
+`snapshot-VERSION-CHECKSUM.arrow` holds what the table held at that version, and is written again from the table when it
+is missing, of another version or damaged.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+FOLDER = "search"
+COLUMNS = (
+    "id", "item", "kind", "moment", "path", "source", "caption", "licence",
+    "start", "end", "frame_time", "width", "height", "duration", "vector",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """N rows of one table version, sorted by (item, id); an item's pooled row comes before its moments.
+
+    Attributes:
+        version: the table's version.
+        rows: the columns `COLUMNS`, for reading hits.
+        ids: (N,) int64, unique.
+        items: (N,) int64, ascending.
+        moments: (N,) bool, False for an image's row and for a video's pooled row.
+        videos: (N,) bool.
+        vectors: (N, D) float16.
+    """
+
+    version: int
+    rows: pa.Table
+    ids: np.ndarray
+    items: np.ndarray
+    moments: np.ndarray
+    videos: np.ndarray
+    vectors: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def of(cls, rows: pa.Table, version: int) -> "Snapshot":
+        """Lay out a table that has the columns `COLUMNS` and is sorted by (item, id)."""
+        vectors = rows["vector"].combine_chunks()
+        return cls(
+            version=version,
+            rows=rows,
+            ids=rows["id"].to_numpy(),
+            items=rows["item"].to_numpy(),
+            moments=rows["moment"].to_numpy(),
+            videos=pc.equal(rows["kind"], "video").to_numpy(),
+            vectors=vectors.flatten().to_numpy().reshape(len(rows), vectors.type.list_size),
+        )
+
+    @cached_property
+    def _by_id(self) -> np.ndarray:
+        return np.argsort(self.ids)
+
+    def positions(self, ids: np.ndarray) -> np.ndarray:
+        """(M,) ids -> the positions of those that the snapshot holds, in the order of `ids`."""
+        if not len(self):
+            return np.empty(0, np.int64)
+        found = np.searchsorted(self.ids, ids, sorter=self._by_id)
+        found = self._by_id[np.minimum(found, len(self) - 1)]
+        return found[self.ids[found] == ids]
+
+    def row(self, position: int) -> dict[str, Any]:
+        """The row at a position, without its vector."""
+        return {name: self.rows[name][position].as_py() for name in COLUMNS if name != "vector"}
+
+    def rows_of(self, item: int) -> slice:
+        """The positions of an item's rows."""
+        first, behind = np.searchsorted(self.items, [item, item + 1])
+        return slice(int(first), int(behind))
+
+
+def load_snapshot(gallery: Path, version: int, read_rows: Callable[[], pa.Table]) -> Snapshot:
+    """Map the snapshot of this version of the table; without a sound one, read the rows from the table and write it.
+
+    Args:
+        gallery: directory of the gallery.
+        version: the table's version.
+        read_rows: reads the columns `COLUMNS` of that version from the table, sorted by (item, id).
+    """
+    for path in (gallery / FOLDER).glob(f"snapshot-{version}-*.arrow"):
+        content = _map(path)
+        if _checksum(content) == path.stem.rpartition("-")[2]:
+            return Snapshot.of(pa.ipc.open_file(content).read_all(), version)
+    rows = read_rows()
+    with suppress(OSError):  # a read-only place or a full disk costs only the time of the next opening
+        _write(gallery / FOLDER, version, rows)
+    return Snapshot.of(rows, version)
+
+
+def _write(folder: Path, version: int, rows: pa.Table) -> None:
+    """Write the snapshot of a version, whole or not at all, and remove those of other versions."""
+    folder.mkdir(exist_ok=True)
+    scratch = folder / f".snapshot.{os.getpid()}"
+    try:
+        with pa.OSFile(str(scratch), "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:
+            writer.write_table(rows)
+        target = folder / f"snapshot-{version}-{_checksum(_map(scratch))}.arrow"
+        scratch.replace(target)
+    finally:
+        scratch.unlink(missing_ok=True)
+    for path in folder.glob("snapshot-*.arrow"):
+        if path != target:
+            path.unlink(missing_ok=True)
+
+
+def _map(path: Path) -> pa.Buffer:
+    with pa.memory_map(str(path)) as file:
+        return file.read_buffer()
+
+
+def _checksum(content: pa.Buffer) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
