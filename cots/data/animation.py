@@ -1,0 +1,77 @@
+"""Animated GIF, WebP, PNG and AVIF as videos, through Pillow."""
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cots.data.image_io import describe_damage, to_rgb
+from cots.data.video_info import VideoInfo
+from cots.errors import MediaError
+
+_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
+_SHORTEST = 20  # milliseconds; browsers show frames that claim less for 100
+_USUAL = 100
+
+
+def is_animation(header: bytes) -> bool:
+    """Whether the bytes start a file that Pillow, not FFmpeg, is to read."""
+    return header.startswith((b"GIF8", b"\x89PNG")) or header[8:12] == b"WEBP" or header[4:12] == b"ftypavis"
+
+
+class Animation:
+    """An animated picture; `starts` and `decode` as in PyAVVideo.
+
+    Raises:
+        MediaError: no frame decodes, or a frame has more than `max_pixels`.
+    """
+
+    def __init__(self, source: str | Path | bytes, name: str, max_pixels: int) -> None:
+        self._file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
+        self._name = name
+        try:
+            self._image: Any = Image.open(self._file, formats=_FORMATS)
+            if self._image.width * self._image.height > max_pixels:
+                size = f"{self._image.width} x {self._image.height}"
+                raise MediaError(name, f"{size} pixels a frame is more than the limit of {max_pixels:,} pixels")
+            lengths = self._lengths()
+        except MediaError:
+            self.close()
+            raise
+        except Exception as error:  # Pillow's parsers raise almost anything on damaged input
+            reason = describe_damage(error, self._file)
+            self.close()
+            raise MediaError(name, reason) from error
+        ends = np.cumsum(lengths) / 1000.0
+        self.starts = np.concatenate([[0.0], ends[:-1]])
+        duration = float(ends[-1])
+        self.info = VideoInfo(duration, len(lengths) / duration, self._image.width, self._image.height, len(lengths))
+
+    def _lengths(self) -> list[float]:
+        """Milliseconds of each frame that decodes; the frames after a damaged one are lost with it."""
+        lengths: list[float] = []
+        for i in range(getattr(self._image, "n_frames", 1)):
+            try:
+                self._image.seek(i)
+                self._image.load()
+            except Exception:
+                if i == 0:
+                    raise
+                break
+            length = float(self._image.info.get("duration") or 0)
+            lengths.append(length if length >= _SHORTEST else _USUAL)
+        return lengths
+
+    def decode(self, indices: Sequence[int], size: tuple[int, int]) -> Iterator[tuple[int, Image.Image]]:
+        """The frames of ascending `indices`, each scaled to (width, height)."""
+        for i in indices:
+            self._image.seek(i)
+            frame = to_rgb(self._image)
+            frame.info.clear()
+            yield i, frame if frame.size == size else frame.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,254 @@
+"""Sources of media: files, folders, globs, webdataset shards and tables become one stream of samples.
+
+    for sample in iter_samples(["photos/", "clips/*.mp4", "shard-000000.tar", "list.csv"], on_error=print):
+        image = open_image(sample.media(), name=sample.path)
+
+Nothing is decoded here; a header is read to tell an image from a video. What is no media file at all is reported at once, damage
+further inside when it is decoded.
+"""
+
+import glob
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from cots.data.media_kind import HEADER_BYTES, MEDIA_EXTENSIONS, Kind, sniff
+from cots.data.shards import MEMBER_SEPARATOR, Member, group, read_captions, read_span, scan_tar
+from cots.data.tables import TABLE_EXTENSIONS, read_table
+from cots.errors import MediaError, SourceError
+
+OnError = Callable[[MediaError], None]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image or video, not yet decoded.
+
+    Attributes:
+        path: absolute; for a shard's member "/dir/shard.tar::member.webp".
+        kind: "image" or "video", by content: an animated GIF, WebP or PNG is a video.
+        captions: none, one or several.
+        source: where it comes from, for people: the folder's name as the user gave it, the shard's file name, the table's column
+            `source` or the table's name.
+        extra: other columns of a table or other fields of a shard's .json, such as "licence".
+        size: bytes.
+        mtime: seconds since 1970; a member's is its shard's.
+        offset: where a member's bytes start in its shard; None for a plain file.
+    """
+
+    path: str
+    kind: Kind
+    captions: tuple[str, ...] = ()
+    source: str = ""
+    extra: dict[str, str] = field(default_factory=dict)
+    size: int = 0
+    mtime: float = 0.0
+    offset: int | None = None
+
+    def read_bytes(self) -> bytes:
+        """The encoded content.
+
+        Raises:
+            MediaError: the file has gone, cannot be read or has become shorter.
+        """
+        if self.offset is None:
+            return read_span(self.path, 0, -1)
+        return read_span(self.path.rpartition(MEMBER_SEPARATOR)[0], self.offset, self.size)
+
+    def media(self) -> str | bytes:
+        """What `open_image` and `read_frames` take: the path of a plain file (no need to load a long video), a member's bytes."""
+        return self.path if self.offset is None else self.read_bytes()
+
+
+def iter_samples(sources: Sequence[str | Path], on_error: OnError) -> Iterator[Sample]:
+    """The samples of all sources in their order; a folder's sorted by path; each path once, though several sources name it.
+
+    A source is an image or video file, a folder (walked, hidden entries skipped, shards in it included), a glob (`**` for any
+    depth), a webdataset shard (.tar) or a table (.jsonl, .csv, .tsv, .parquet).
+
+    Args:
+        sources: as the user wrote them.
+        on_error: called for each item that is no readable media file; the rest goes on.
+
+    Raises:
+        SourceError: at once, when a source does not exist or a folder holds no media; during iteration, when a table lacks its
+            path column or a shard cannot be used.
+    """
+    parts = [part for source in sources for part in _resolve(str(source))]
+    return _each_once(parts, on_error)
+
+
+def _each_once(parts: list[Iterator["_Entry"]], on_error: OnError) -> Iterator[Sample]:
+    seen: set[str] = set()
+    for part in parts:
+        for entry in part:
+            for sample in _samples_of(entry, on_error):
+                if sample.path not in seen:
+                    seen.add(sample.path)
+                    yield sample
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file of any accepted form. `named`: the user gave its name, rather than a folder that holds it."""
+
+    path: str
+    source: str
+    named: bool
+
+
+def _resolve(source: str) -> list[Iterator[_Entry]]:
+    """Check that a source exists and give the entries that it stands for."""
+    path = os.path.abspath(os.path.expanduser(source))
+    if os.path.isdir(path):
+        return [_walk_checked(path, source)]
+    if os.path.lexists(path):
+        return [iter([_Entry(path, os.path.basename(os.path.dirname(path)), named=True)])]
+    if glob.has_magic(source):
+        matches = sorted(glob.glob(os.path.expanduser(source), recursive=True))
+        if not matches:
+            raise SourceError(
+                f"nothing matches {source}; check the pattern, and quote it so that the shell leaves it alone"
+            )
+        return [part for match in matches for part in _matched(match)]
+    raise SourceError(f"there is no file or folder {source}")
+
+
+def _matched(match: str) -> list[Iterator[_Entry]]:
+    """What a glob matched: files of the accepted forms and folders; other files are not meant."""
+    path = os.path.abspath(match)
+    if os.path.isdir(path):
+        return [_walk(path, _label(path))]
+    if not _is_candidate(path):
+        return []
+    return [iter([_Entry(path, os.path.basename(os.path.dirname(path)), named=True)])]
+
+
+def _walk_checked(folder: str, source: str) -> Iterator[_Entry]:
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise SourceError(f"cannot read the folder {source}; check its permissions")
+    if next(_walk(folder, ""), None) is None:
+        raise SourceError(f"the folder {source} holds no images, videos or .tar shards")
+    return _walk(folder, _label(folder))
+
+
+def _label(folder: str) -> str:
+    return os.path.basename(folder) or folder
+
+
+def _walk(folder: str, label: str) -> Iterator[_Entry]:
+    """A folder's media and shards, its own first, then its folders'; links are followed, but no folder is entered twice."""
+    visited: set[tuple[int, int]] = set()
+    pending = [folder]
+    while pending:
+        current = pending.pop()
+        try:
+            stat = os.stat(current)
+            names = sorted(os.listdir(current))
+        except OSError:  # gone, or not ours to read: the folder named by the user has been checked before
+            continue
+        if (stat.st_dev, stat.st_ino) in visited:
+            continue
+        visited.add((stat.st_dev, stat.st_ino))
+        paths = [os.path.join(current, name) for name in names if not name.startswith(".")]
+        folders = {path for path in paths if os.path.isdir(path)}
+        for path in paths:
+            if path not in folders and _is_candidate(path) and _extension(path) not in TABLE_EXTENSIONS:
+                yield _Entry(path, label, named=False)
+        pending += sorted(folders, reverse=True)
+
+
+def _extension(path: str) -> str:
+    return os.path.splitext(path)[1][1:].lower()
+
+
+def _is_candidate(path: str) -> bool:
+    extension = _extension(path)
+    return extension in MEDIA_EXTENSIONS or extension in TABLE_EXTENSIONS or extension == "tar"
+
+
+def _samples_of(entry: _Entry, on_error: OnError) -> Iterator[Sample]:
+    extension = _extension(entry.path)
+    if extension == "tar":
+        yield from _from_shard(entry, on_error)
+    elif extension in TABLE_EXTENSIONS:
+        for row in read_table(entry.path, on_error):
+            yield from _from_file(row.path, row.captions, row.source, row.extra, row.place, on_error)
+    else:
+        yield from _from_file(entry.path, (), entry.source, {}, "", on_error)
+
+
+def _from_file(
+    path: str, captions: tuple[str, ...], source: str, extra: dict[str, str], place: str, on_error: OnError
+) -> Iterator[Sample]:
+    """The sample of a plain file; `place` is the table's line that names it."""
+    path = os.path.abspath(path)
+    suffix = f" (named in {place})" if place else ""
+
+    def opened() -> BinaryIO:
+        return open(path, "rb")
+
+    try:
+        with opened() as file:
+            stat = os.fstat(file.fileno())
+            header = file.read(HEADER_BYTES)
+        kind = sniff(header, _extension(path), opened)
+    except OSError as error:
+        on_error(MediaError(path, (error.strerror or str(error)).lower() + suffix))
+        return
+    if kind is None:
+        on_error(MediaError(path, _not_media(header) + suffix))
+        return
+    yield Sample(path, kind, captions, source, extra, stat.st_size, stat.st_mtime)
+
+
+def _not_media(header: bytes) -> str:
+    return "not an image or a video, whatever its name says" if header else "the file is empty (0 bytes)"
+
+
+def _from_shard(entry: _Entry, on_error: OnError) -> Iterator[Sample]:
+    members, damage = scan_tar(entry.path)
+    if damage is not None:
+        on_error(MediaError(entry.path, damage))
+    pairs = group(members)
+    if damage is None and entry.named and not any(_is_media(part) for parts in pairs.values() for part in parts):
+        raise SourceError(f"the shard {entry.path} holds no images or videos")
+    mtime = os.stat(entry.path).st_mtime
+    for parts in pairs.values():
+        yield from _from_pair(entry.path, parts, mtime, on_error)
+
+
+def _is_media(extension: str) -> bool:
+    """Also of a member called "0001.left.jpg", whose webdataset extension is "left.jpg"."""
+    return extension.rpartition(".")[2] in MEDIA_EXTENSIONS
+
+
+def _from_pair(shard: str, parts: dict[str, Member], mtime: float, on_error: OnError) -> Iterator[Sample]:
+    media = [(extension, member) for extension, member in parts.items() if _is_media(extension)]
+    if not media:
+        return
+    texts = {name: read_span(shard, parts[name].offset, parts[name].size) for name in ("json", "txt") if name in parts}
+    captions: tuple[str, ...] = ()
+    fields: dict[str, Any] = {}
+    try:
+        captions, fields = read_captions(texts)
+    except ValueError as error:
+        on_error(MediaError(f"{shard}{MEMBER_SEPARATOR}{parts['json'].name}", f"not JSON ({error})"))
+    if "license" in fields:
+        fields.setdefault("licence", fields.pop("license"))
+    extra = {name: str(value) for name, value in fields.items() if isinstance(value, (str, int, float))}
+    for extension, member in media:
+        path = f"{shard}{MEMBER_SEPARATOR}{member.name}"
+
+        def opened(member: Member = member) -> BinaryIO:
+            return io.BytesIO(read_span(shard, member.offset, member.size))
+
+        header = read_span(shard, member.offset, min(member.size, HEADER_BYTES))
+        kind = sniff(header, extension.rpartition(".")[2], opened)
+        if kind is None:
+            on_error(MediaError(path, _not_media(header)))
+            continue
+        yield Sample(path, kind, captions, os.path.basename(shard), extra, member.size, mtime, member.offset)

@@ -1,0 +1,159 @@
+"""Tables of media: .jsonl, .csv, .tsv and .parquet files with a path column, and optionally captions, source, licence and more."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cots.data.shards import clean_captions
+from cots.errors import MediaError, SourceError
+
+TABLE_EXTENSIONS = frozenset({"jsonl", "csv", "tsv", "parquet"})
+PATH_COLUMNS = ("path", "image", "video", "filepath", "file_name", "filename")
+CAPTION_COLUMNS = ("captions", "caption", "title", "text")
+
+_PARQUET_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    Attributes:
+        path: absolute; the table's relative paths start at the table's own directory.
+        captions: from the first of CAPTION_COLUMNS that has any.
+        source: the column `source`, or the table's name.
+        extra: the other columns that hold a value, as strings; `license` is called `licence`.
+        place: "table.csv, line 3", for messages.
+    """
+
+    path: str
+    captions: tuple[str, ...]
+    source: str
+    extra: dict[str, str]
+    place: str
+
+
+def read_table(path: str | Path, on_error: Callable[[MediaError], None]) -> Iterator[Row]:
+    """The rows of a table, one after another.
+
+    A row that does not parse or names no file goes to `on_error`, and the rest follows.
+
+    Raises:
+        SourceError: the table cannot be opened or decoded, is empty, or has no path column (the message lists those it has).
+    """
+    table = Path(path)
+    readers = {"jsonl": _read_jsonl, "csv": _read_csv, "tsv": _read_csv, "parquet": _read_parquet}
+    reader = readers[table.suffix[1:].lower()]
+    column: str | None = None
+    try:
+        for place, fields in reader(table, on_error):
+            if column is None:
+                column = _path_column(table, fields)
+            if row := _row(table, place, fields, column, on_error):
+                yield row
+    except OSError as error:
+        raise SourceError(f"cannot read the table {table}: {(error.strerror or str(error)).lower()}") from error
+    if column is None:
+        raise SourceError(f"the table {table} has no rows")
+
+
+def _path_column(table: Path, fields: Mapping[str, Any]) -> str:
+    column = next((name for name in PATH_COLUMNS if name in fields), None)
+    if column is None:
+        found = ", ".join(str(name) for name in fields) or "none"
+        raise SourceError(
+            f"the table {table} has no column `path` (or {', '.join(PATH_COLUMNS[1:])}); its columns are: {found}"
+        )
+    return column
+
+
+def _row(
+    table: Path, place: str, fields: Mapping[str, Any], column: str, on_error: Callable[[MediaError], None]
+) -> Row | None:
+    # A .jsonl may name images in one line and videos in the next.
+    column = next((name for name in (column, *PATH_COLUMNS) if fields.get(name)), column)
+    value = fields.get(column)
+    if not isinstance(value, str) or not value.strip():
+        problem = "is empty" if not value else f"holds a {type(value).__name__}, not a path"
+        on_error(MediaError(place, f"the column `{column}` {problem}"))
+        return None
+    captions: tuple[str, ...] = ()
+    for name in CAPTION_COLUMNS:
+        captions = captions or clean_captions(_unpacked(fields.get(name)))
+    extra = {name: str(item) for name, item in fields.items() if name and item not in (None, "") and _is_scalar(item)}
+    for name in (column, *CAPTION_COLUMNS):
+        extra.pop(name, None)
+    if "license" in extra:
+        extra.setdefault("licence", extra.pop("license"))
+    source = extra.pop("source", table.stem)
+    return Row(str((table.parent.absolute() / value.strip())), captions, source, extra, place)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, (str, int, float, bool))
+
+
+def _unpacked(value: Any) -> Any:
+    """A .csv cell can hold several captions as a JSON list."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _read_jsonl(table: Path, on_error: Callable[[MediaError], None]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with open(table, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            place = f"{table}, line {number}"
+            try:
+                fields = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+            except ValueError as error:
+                on_error(MediaError(place, f"not JSON ({error})"))
+                continue
+            if isinstance(fields, dict):
+                yield place, fields
+            else:
+                on_error(MediaError(place, f"holds a {type(fields).__name__}, not an object"))
+
+
+def _read_csv(table: Path, on_error: Callable[[MediaError], None]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    delimiter = "\t" if table.suffix.lower() == ".tsv" else ","
+    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than some lists of captions
+    with open(table, newline="", encoding="utf-8-sig") as lines:
+        reader = csv.DictReader(lines, delimiter=delimiter, restkey="")
+        try:
+            names: Sequence[str] = reader.fieldnames or ()
+            if names and not set(names) & set(PATH_COLUMNS):
+                _path_column(table, dict.fromkeys(names))
+            for fields in reader:
+                yield f"{table}, line {reader.line_num}", fields
+        except UnicodeDecodeError as error:
+            raise SourceError(
+                f"the table {table} is not UTF-8 (byte {error.object[error.start]:#04x} after line {reader.line_num}); save it as UTF-8"
+            ) from error
+        except csv.Error as error:
+            raise SourceError(f"the table {table} is damaged after line {reader.line_num} ({error})") from error
+
+
+def _read_parquet(table: Path, on_error: Callable[[MediaError], None]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(table) as file:
+            names = file.schema_arrow.names
+            _path_column(table, dict.fromkeys(names))
+            number = 0
+            for batch in file.iter_batches(_PARQUET_BATCH):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield f"{table}, row {number}", fields
+    except pa.ArrowException as error:
+        raise SourceError(f"the table {table} is not a readable Parquet file ({error})") from error
