@@ -1,0 +1,281 @@
+"""Every setting of COTS, documented where it stands, validated once.
+
+A configuration is a YAML file read by `read_config`, with dotted overrides from the command line on top:
+
+    cots pretrain configs/cots_mini.yaml optimizer.learning_rate=1e-4 training.epochs=5
+
+An unknown key is an error that names the nearest known one. Paths in a YAML file are relative to the working directory; `~` and environment
+variables are expanded.
+"""
+
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cots.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of all configuration models: unknown keys are errors, field docstrings are descriptions."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, frozen=True)
+
+
+class ImageTowerConfig(Settings):
+    name: str = "vit_base_patch16_224"
+    """A timm architecture. A convolutional network's final map is flattened into tokens."""
+    image_size: int = Field(224, ge=16)
+    """Side in pixels of the square that the tower sees."""
+    resize: Literal["squash", "crop"] = "squash"
+    """How a picture becomes a square: `squash` ignores its aspect and loses nothing, `crop` cuts the centre out."""
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Per-channel mean of the pixel values in [0, 1], subtracted from them."""
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Per-channel deviation that they are then divided by."""
+    pooling: Literal["cls", "mean"] = "cls"
+    """The token that the global embedding is projected from: [CLS], or the mean over the patches."""
+    transformer_depth: int = Field(0, ge=0)
+    """Transformer blocks, with a [CLS] token, on top of a convolutional network's final map (a hybrid ViT)."""
+    transformer_width: int = Field(384, ge=8)
+    """Width of those blocks."""
+    transformer_heads: int = Field(6, ge=1)
+    """Attention heads of those blocks."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Stochastic depth rate."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before the projection."""
+    architecture: dict[str, Any] = {}
+    """Further arguments of `timm.create_model`, such as `embed_dim` and `depth` of a small ViT."""
+
+
+class TextTowerConfig(Settings):
+    tokenizer: str = ""
+    """A WordPiece `tokenizer.json` or `vocab.txt`; needed to start a training, afterwards kept in the model directory."""
+    vocabulary: int = Field(30522, ge=8)
+    width: int = Field(768, ge=8)
+    layers: int = Field(12, ge=1)
+    heads: int = Field(12, ge=1)
+    intermediate: int = Field(3072, ge=8)
+    """Width of the feed-forward layers."""
+    positions: int = Field(512, ge=8)
+    """Rows of the position embedding."""
+    max_length: int = Field(32, ge=4)
+    """Word pieces kept of a caption, [CLS] and [SEP] included."""
+    pooling: Literal["cls", "mean"] = "cls"
+    """The token that the global embedding is projected from: [CLS], or the mean over the word pieces."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _length_fits(self) -> "TextTowerConfig":
+        if self.max_length > self.positions:
+            raise ValueError(f"max_length {self.max_length} exceeds the {self.positions} positions of the text tower")
+        return self
+
+
+class ModelConfig(Settings):
+    image_tower: ImageTowerConfig = ImageTowerConfig()
+    text_tower: TextTowerConfig = TextTowerConfig()
+    embedding_dim: int = Field(256, ge=8)
+    """Dimension of the shared unit sphere."""
+    projection: Literal["linear", "mlp"] = "linear"
+    """The map from a tower's pooled token to the sphere; `mlp` has one hidden layer and a residual linear path."""
+
+
+class StartConfig(Settings):
+    """Where the first weights come from. Nothing set: random initialisation."""
+
+    image_tower: str | None = None
+    """`timm` for its pretrained weights (needs a network), or a .safetensors file of the timm architecture."""
+    text_tower: str | None = None
+    """A directory with a BERT `model.safetensors` (Hugging Face layout)."""
+    model: str | None = None
+    """A COTS model directory; its towers' shapes must be those of `model`."""
+
+
+class SourceConfig(Settings):
+    path: str
+    """Webdataset .tar shards (a glob for several) or a table with a path and a captions column."""
+    weight: float = Field(1.0, gt=0)
+    """How often each of its pairs is seen in an epoch; the fraction is drawn anew each epoch."""
+
+
+class AugmentationConfig(Settings):
+    crop_scale: tuple[float, float] = (0.6, 1.0)
+    """Area share of a random crop."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    """Aspect range of a random crop."""
+    flip: float = Field(0.5, ge=0, le=1)
+    """Probability of a mirror image; captions that say `left` or `right` keep theirs unmirrored."""
+    color: float = Field(0.2, ge=0)
+    """Strength of the jitter of brightness, contrast and saturation (hue: a quarter of it)."""
+    grayscale: float = Field(0.0, ge=0, le=1)
+    """Probability of a grey picture."""
+    rand_augment: int = Field(0, ge=0)
+    """Operations of RandAugment (0: none)."""
+    rand_augment_magnitude: int = Field(7, ge=0, le=30)
+    erase: float = Field(0.0, ge=0, le=1)
+    """Probability that one random rectangle is erased."""
+    drop_words: float = Field(0.0, ge=0, lt=1)
+    """Probability that a caption's word is left out."""
+
+
+class DataConfig(Settings):
+    train: list[SourceConfig] = []
+    validation: list[SourceConfig] = []
+    """Pairs on which checkpoints are chosen. Never a test split: reported numbers would no longer mean anything."""
+    captions_per_item: int = Field(1, ge=1)
+    """Captions drawn for an item each time it is seen."""
+    augmentation: AugmentationConfig = AugmentationConfig()
+    workers: int = Field(2, ge=0)
+    """Decoding processes per rank."""
+    max_bad_share: float = Field(0.01, ge=0, le=1)
+    """The run stops when more than this share of the samples could not be read."""
+
+
+class ContrastiveConfig(Settings):
+    weight: float = Field(1.0, ge=0)
+    queue_size: int = Field(12_800, ge=0)
+    """Momentum features kept per modality as negatives; 0: only those of the batch."""
+    in_batch: Literal["none", "momentum", "online"] = "none"
+    """Negatives from the other pairs of the global batch besides the queue's: none (as in the paper), their momentum features, or their
+    online features, through which gradients then flow."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class ObjectiveConfig(Settings):
+    temperature: float = Field(0.05, gt=0)
+    learn_temperature: bool = False
+    """Train the temperature, started at `temperature` and kept in [0.01, 0.5]."""
+    momentum: float = Field(0.99, ge=0, le=1)
+    """Decay of the momentum towers' exponential moving average, per step."""
+    contrastive: ContrastiveConfig = ContrastiveConfig()
+
+
+class OptimizerConfig(Settings):
+    learning_rate: float = Field(1e-4, gt=0)
+    """Peak rate of everything that no other rate is given for."""
+    image_tower_rate: float | None = Field(None, ge=0)
+    text_tower_rate: float | None = Field(None, ge=0)
+    weight_decay: float = Field(0.05, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip_norm: float = Field(1.0, ge=0)
+    """Gradient norm is clipped here; 0: not."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After a linear warm-up: half a cosine down to `final_rate`, or constant with a linear cooldown over `cooldown`."""
+    warmup: float = Field(0.05, ge=0, le=1)
+    """Share of the steps."""
+    cooldown: float = Field(0.2, ge=0, le=1)
+    """Share of the steps (constant schedule)."""
+    final_rate: float = Field(0.0, ge=0, le=1)
+    """Share of the peak rate at the end."""
+
+
+class TrainingConfig(Settings):
+    output: str = "runs/cots"
+    """Directory of the run: checkpoints, log.jsonl, and the best model under best/."""
+    epochs: float = Field(10, gt=0)
+    """Passes over the samples (each counted by its source's weight)."""
+    batch_size: int = Field(512, ge=2)
+    """Pairs per step over all ranks."""
+    resume: bool = False
+    """Go on from the output directory's last checkpoint, if there is one."""
+    seed: int = 0
+    device: str = "auto"
+    """`auto`: cuda if there is one, else cpu."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of the towers; `auto`: bf16 on cuda. Losses are always computed in fp32."""
+    compile: bool = False
+    """torch.compile the towers."""
+    validate_every: int = Field(1, ge=0)
+    """Epochs between two validations; 0: only at the end."""
+    checkpoint_every: int = Field(1, ge=1)
+    """Epochs between two checkpoints of the whole training state."""
+    keep_checkpoints: int = Field(2, ge=1)
+    averaging: float = Field(0.0, ge=0, lt=1)
+    """Decay per step of a slow average of the weights that is validated and saved in place of them; 0: none."""
+    averaging_start: float = Field(0.0, ge=0, lt=1)
+    """Share of the steps after which that average begins."""
+    weights_dtype: Literal["float32", "float16", "int8"] = "float32"
+    """How the best model's weights are stored; int8: matrices by row with float16 scales, the rest float16."""
+
+
+class PretrainConfig(Settings):
+    model: ModelConfig = ModelConfig()
+    start: StartConfig = StartConfig()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
+    """Read a YAML training configuration and put `key.key=value` overrides (values in YAML syntax) on top.
+
+    Raises:
+        ConfigError: the file is missing or no YAML mapping, an override has no `=`, or a key or value is not valid.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"The configuration {path} cannot be read: {error.strerror}.") from error
+    try:
+        values = yaml.safe_load(os.path.expandvars(text)) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The configuration {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"The configuration {path} must be a mapping of sections, not a {type(values).__name__}.")
+    for override in overrides:
+        _apply_override(values, override)
+    return validate_config(PretrainConfig, values, str(path))
+
+
+def validate_config(kind: type[AnySettings], values: dict[str, Any], origin: str) -> AnySettings:
+    """Build a settings model from plain values; every problem becomes one line of a ConfigError."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(" ".join(_explain(kind, origin, problem) for problem in error.errors())) from error
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"The override {override!r} has no value; write it as section.key=value.")
+    *parents, leaf = key.split(".")
+    place: Any = values
+    for name in parents:
+        place = place.setdefault(name, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"The override {override!r} goes through {name!r}, which is not a section.")
+    try:
+        place[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The value in the override {override!r} is not valid YAML.") from error
+
+
+def _explain(kind: type[Settings], origin: str, problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] != "extra_forbidden":
+        return f"{origin}: {where}: {problem['msg']} (got {problem['input']!r})." if where else f"{origin}: {problem['msg']}."
+    known = [".".join(path) for path in _paths(kind)]
+    nearest = difflib.get_close_matches(where, known, n=1, cutoff=0.0)
+    siblings = [name for name in known if name.rpartition(".")[0] == where.rpartition(".")[0]]
+    nearest = difflib.get_close_matches(where, siblings, n=1, cutoff=0.6) or nearest
+    return f"{origin}: there is no setting {where!r}; did you mean {nearest[0]!r}?"
+
+
+def _paths(kind: type[Settings], parents: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """All dotted settings below a model, sections included."""
+    for name, field in kind.model_fields.items():
+        yield (*parents, name)
+        for candidate in (field.annotation, *get_args(field.annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, Settings):
+                yield from _paths(candidate, (*parents, name))

@@ -1,0 +1,118 @@
+"""From pictures to the tower's pixels: one exact transform for search and evaluation, random ones for training.
+
+All give uint8 (3, S, S); the model scales and normalises on its own device, so that a quarter of the bytes travel.
+"""
+
+import re
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
+from cots.config import AugmentationConfig
+
+_SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+_RESAMPLING = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "nearest": Image.Resampling.NEAREST,
+}
+
+
+class SquareTransform:
+    """PIL RGB -> (3, S, S) uint8, without randomness.
+
+    `squash` resizes to the square and ignores the aspect, `crop` resizes the shorter side and cuts the centre out; `bicubic` is Pillow's,
+    with antialiasing.
+    """
+
+    def __init__(self, size: int, resize: str = "squash", interpolation: str = "bicubic") -> None:
+        self.size = size
+        self.resize = resize
+        self.interpolation = interpolation
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        size, resampling = self.size, _RESAMPLING[self.interpolation]
+        if self.resize == "squash":
+            return F.pil_to_tensor(image.resize((size, size), resampling))
+        width, height = image.size
+        short = min(width, height)
+        # torchvision's rule: the longer side is truncated, the crop's corner rounded
+        scaled = image.resize((int(size * width / short), int(size * height / short)), resampling)
+        left, top = round((scaled.width - size) / 2), round((scaled.height - size) / 2)
+        return F.pil_to_tensor(scaled.crop((left, top, left + size, top + size)))
+
+    def __repr__(self) -> str:
+        return f"SquareTransform({self.size}, {self.resize!r}, {self.interpolation!r})"
+
+
+class TrainingTransform:
+    """PIL RGB and its caption -> ((3, S, S) uint8, caption), both augmented with torch's global generator."""
+
+    def __init__(self, size: int, config: AugmentationConfig) -> None:
+        self._crop = v2.RandomResizedCrop(
+            size, config.crop_scale, config.crop_ratio, interpolation=InterpolationMode.BICUBIC, antialias=True
+        )
+        self._extra: list[v2.Transform] = []
+        if config.rand_augment:
+            self._extra.append(
+                v2.RandAugment(
+                    config.rand_augment,
+                    config.rand_augment_magnitude,
+                    interpolation=InterpolationMode.BILINEAR,
+                    fill=128,
+                )
+            )
+        if config.grayscale:
+            self._extra.append(v2.RandomGrayscale(config.grayscale))
+        if config.erase:
+            self._extra.append(v2.RandomErasing(config.erase, scale=(0.02, 0.2), value=128))
+        self._flip = config.flip
+        self._drop_words = config.drop_words
+
+    def __call__(self, image: Image.Image, captions: list[str]) -> tuple[Tensor, list[str]]:
+        pixels = F.pil_to_tensor(self._crop(image))
+        if torch.rand(()) < self._flip and not any(_SIDED.search(caption) for caption in captions):
+            pixels = F.horizontal_flip(pixels)
+        for transform in self._extra:
+            pixels = transform(pixels)
+        return pixels, [self._thin(caption) for caption in captions]
+
+    def _thin(self, caption: str) -> str:
+        if not self._drop_words:
+            return caption
+        words = caption.split()
+        kept = [word for word, draw in zip(words, torch.rand(len(words)).tolist()) if draw >= self._drop_words]
+        return " ".join(kept) if kept else caption
+
+
+class ColorJitter:
+    """Brightness, contrast, saturation and hue, one draw a picture, on the device: (B, 3, S, S) uint8 -> the same.
+
+    All four are affine in RGB, so they are one 3 x 3 matrix and one offset a picture: saturation and hue scale and rotate the chroma plane of YIQ,
+    brightness and contrast scale around black and around the picture's mean grey.
+    """
+
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+        self._to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        if not self.strength:
+            return pixels
+        count, device = len(pixels), pixels.device
+        draws = (2 * torch.rand(4, count, device=device) - 1) * self.strength
+        brightness, contrast, saturation = 1 + draws[:3]
+        angle = draws[3] / 4 * 2 * torch.pi
+        turn = torch.zeros(count, 3, 3, device=device)
+        turn[:, 0, 0] = 1
+        turn[:, 1, 1] = turn[:, 2, 2] = saturation * angle.cos()
+        turn[:, 1, 2], turn[:, 2, 1] = -saturation * angle.sin(), saturation * angle.sin()
+        to_yiq = self._to_yiq.to(device)
+        matrix = torch.linalg.inv(self._to_yiq).to(device) @ turn @ to_yiq * (brightness * contrast)[:, None, None]
+        values = pixels.float()
+        grey = (values.mean(dim=(2, 3)) @ to_yiq[0]) * brightness * (1 - contrast)
+        values = torch.einsum("bij,bjhw->bihw", matrix, values) + grey[:, None, None, None]
+        return values.round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,154 @@
+"""A saved model: one directory with config.json, model.safetensors, tokenizer.json and MODEL_CARD.md.
+
+Weights may be stored as float32, float16 or int8. In int8 every matrix of at least 4096 elements is rounded row by row to 255 levels, with one
+float16 scale a row under the name `NAME.scale`; the rest is float16. They are float32 again once loaded.
+
+The fingerprint is a hash of the weights as stored, of the transform and of the tokenizer: equal on every machine, different for any model that
+would embed differently.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cots.config import ModelConfig, validate_config
+from cots.errors import ConfigError, ModelError
+from cots.model.dual_encoder import DualEncoder
+from cots.model.text_tower import WordPieceTokenizer
+
+FORMAT = 1
+_SCALE = ".scale"
+
+
+def save_model(
+    directory: str | Path, model: DualEncoder, tokenizer: WordPieceTokenizer, *, weights_dtype: str = "float32", card: str = ""
+) -> str:
+    """Write a model directory (each file whole or not at all) and return its fingerprint."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    stored = _pack(model.state_dict(), weights_dtype)
+    config = {"format": FORMAT, "model": model.config.model_dump(mode="json"), "weights_dtype": weights_dtype}
+    config["model"]["text_tower"]["tokenizer"] = ""
+    _write(directory / "tokenizer.json", tokenizer.to_json().encode())
+    _write(directory / "MODEL_CARD.md", (card or "# A COTS model\n").encode())
+    _write(directory / "config.json", json.dumps(config, indent=2).encode() + b"\n")
+    scratch = directory / "model.safetensors.tmp"
+    save_file(stored, scratch)
+    scratch.replace(directory / "model.safetensors")
+    return fingerprint_of(stored, _transform_of(model.config), (directory / "tokenizer.json").read_bytes())
+
+
+def read_model(directory: str | Path) -> tuple[DualEncoder, WordPieceTokenizer, str]:
+    """Read a model directory: the encoder (float32, CPU, evaluation mode), its tokenizer and its fingerprint.
+
+    Raises:
+        ModelError: a file is missing or damaged, the format is newer, or the weights are of another architecture.
+    """
+    directory = Path(directory)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (directory / name).is_file():
+            raise ModelError(f"The model directory {directory} has no {name}; it must be one that `cots pretrain` wrote.")
+    try:
+        saved = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        format_version, values = saved["format"], saved["model"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{directory / 'config.json'} is damaged ({error}); copy or train the model again.") from error
+    if format_version > FORMAT:
+        raise ModelError(f"The model {directory} has format {format_version}, newer than this version reads ({FORMAT}); upgrade cots.")
+    try:
+        stored = load_file(directory / "model.safetensors")
+        config = validate_config(ModelConfig, values, str(directory / "config.json"))
+        model = DualEncoder(config)
+        tokenizer = WordPieceTokenizer.from_file(directory / "tokenizer.json", config.text_tower.max_length)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{directory / 'model.safetensors'} is damaged ({error}); copy or train the model again.") from error
+    except ConfigError as error:
+        raise ModelError(str(error)) from error
+    load_weights(model, _unpack(stored), f"{directory}")
+    return model.eval(), tokenizer, fingerprint_of(stored, _transform_of(config), (directory / "tokenizer.json").read_bytes())
+
+
+def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], origin: str) -> None:
+    """Load weights whose names and shapes must be exactly the module's.
+
+    Raises:
+        ModelError: they are not; the first difference is named.
+    """
+    wanted = model.state_dict()
+    for name in sorted(wanted.keys() | weights.keys()):
+        if name not in weights:
+            raise ModelError(f"{origin} has no weights for {name}: it is of another architecture.")
+        if name not in wanted:
+            raise ModelError(f"{origin} has weights for {name}, which the model lacks: it is of another architecture.")
+        if weights[name].shape != wanted[name].shape:
+            raise ModelError(
+                f"{origin}: {name} is {tuple(weights[name].shape)}, the model needs {tuple(wanted[name].shape)}: "
+                "it is of another architecture."
+            )
+    model.load_state_dict(weights)
+
+
+def fingerprint_of(stored: dict[str, Tensor], transform: dict[str, Any], tokenizer: bytes) -> str:
+    """32 hexadecimal digits over names, types, shapes and bytes of the stored weights, the transform and the tokenizer."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(stored):
+        tensor = stored[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    digest.update(json.dumps(transform, sort_keys=True).encode())
+    digest.update(tokenizer)
+    return digest.hexdigest()
+
+
+def _transform_of(config: ModelConfig) -> dict[str, Any]:
+    image, text = config.image_tower, config.text_tower
+    return {
+        "image_size": image.image_size,
+        "resize": image.resize,
+        "mean": list(image.mean),
+        "std": list(image.std),
+        "image_pooling": image.pooling,
+        "text_pooling": text.pooling,
+        "max_length": text.max_length,
+    }
+
+
+def _pack(weights: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    stored: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        value = value.detach().cpu().contiguous()
+        if not value.is_floating_point() or dtype == "float32":
+            stored[name] = value.clone()
+        elif dtype == "int8" and value.ndim >= 2 and value.numel() >= 4096:
+            rows = value.float().reshape(value.shape[0], -1)
+            scale = (rows.abs().amax(dim=1).clamp_min(1e-6) / 127).half().float()
+            stored[name] = (rows / scale[:, None]).round().clamp(-127, 127).to(torch.int8).reshape(value.shape)
+            stored[name + _SCALE] = scale.half()
+        else:
+            stored[name] = value.half()
+    return stored
+
+
+def _unpack(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for name, value in stored.items():
+        if name.endswith(_SCALE) and name.removesuffix(_SCALE) in stored:
+            continue
+        if value.dtype == torch.int8:
+            scale = stored[name + _SCALE].float()
+            weights[name] = value.float() * scale.view(-1, *[1] * (value.ndim - 1))
+        else:
+            weights[name] = value.float() if value.is_floating_point() else value
+    return weights
+
+
+def _write(path: Path, content: bytes) -> None:
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_bytes(content)
+    scratch.replace(path)

@@ -1,0 +1,49 @@
+"""Where models come from: the embedded one, a training output, or open_clip."""
+
+from pathlib import Path
+
+import torch
+
+from cots.errors import ModelError
+from cots.model.retrieval_model import CotsModel, RetrievalModel
+
+EMBEDDED = Path(__file__).parent.parent / "assets" / "model"
+
+
+def load_model(name: str = "embedded", device: str | None = None) -> RetrievalModel:
+    """Load a model for embedding and search.
+
+    Args:
+        name: `embedded`; a directory that `cots pretrain` wrote (a run, or a model inside it); or `open_clip:ARCH/TAG`.
+        device: a torch device; by default cuda if there is one, else cpu.
+
+    Raises:
+        ModelError: there is no such model, or it is damaged.
+        MissingDependency: it needs open_clip, which is not installed.
+    """
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if name.startswith("open_clip:"):
+        from cots.model.open_clip_model import OpenClipModel
+
+        return OpenClipModel(name, target)
+    from cots.model.model_directory import read_model
+
+    encoder, tokenizer, fingerprint = read_model(model_directory(name))
+    return CotsModel(name, fingerprint, encoder, tokenizer, target)
+
+
+def model_directory(name: str) -> Path:
+    """The directory that a model's name stands for.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if name == "embedded":
+        return EMBEDDED
+    path = Path(name).expanduser()
+    for candidate in (path, path / "best"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if path.is_dir():
+        raise ModelError(f"The directory {name} holds no model (no config.json, no best/); give one that `cots pretrain` wrote.")
+    raise ModelError(f"There is no model {name!r}; use `embedded`, a model directory, or open_clip:ARCH/TAG.")

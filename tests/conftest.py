@@ -1,0 +1,75 @@
+"""Shared fixtures: a tiny model with random weights and its directory. Tests never touch the network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cots.config import ModelConfig
+from cots.model.dual_encoder import DualEncoder
+from cots.model.model_directory import save_model
+from cots.model.pretrained import load_model
+from cots.model.retrieval_model import RetrievalModel
+from cots.model.text_tower import WordPieceTokenizer
+
+WORDS = (
+    "a an the of in on with and is are at to man woman child dog cat bird boat car truck red blue green yellow black white square circle "
+    "runs sits jumps stands water grass snow beach street ball left right picture photo drawing two three people"
+).split()
+
+
+@pytest.fixture(scope="session")
+def vocabulary_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A WordPiece vocabulary of a few words, the letters, and their continuations."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters), *WORDS[1:]]
+    path = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
+    path.write_text("\n".join(dict.fromkeys(pieces)) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model_config() -> ModelConfig:
+    """A ViT of two blocks at 64 px and a BERT of two layers: a few thousand parameters, D = 32."""
+    return ModelConfig.model_validate(
+        {
+            "embedding_dim": 32,
+            "image_tower": {
+                "name": "vit_tiny_patch16_224",
+                "image_size": 64,
+                "architecture": {"embed_dim": 32, "depth": 2, "num_heads": 2},
+            },
+            "text_tower": {
+                "vocabulary": 128,
+                "width": 32,
+                "layers": 2,
+                "heads": 2,
+                "intermediate": 64,
+                "positions": 32,
+                "max_length": 16,
+                "dropout": 0.0,
+            },
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_config: ModelConfig, vocabulary_file: Path
+) -> Path:
+    """A saved model with random weights."""
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("tiny_model")
+    tokenizer = WordPieceTokenizer.from_file(vocabulary_file, tiny_model_config.text_tower.max_length)
+    save_model(directory, DualEncoder(tiny_model_config), tokenizer)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_model_dir: Path) -> RetrievalModel:
+    return load_model(str(tiny_model_dir), device="cpu")
