@@ -1,0 +1,78 @@
+"""Checkpoints of the whole training state: written whole or not at all, the last few kept.
+
+A checkpoint holds the encoder, its momentum and slow averages, the objective with its queues, the optimizer, the number of the step (which is the
+loader's position), the best validation so far, the random state of every rank, and the configuration.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cots.errors import TrainingError
+
+_PATTERN = "step-*.pt"
+
+
+def save_checkpoint(run: Path, state: dict[str, Any], step: int, keep: int) -> Path:
+    """Write checkpoints/step-N.pt through a temporary file and remove all but the last `keep`."""
+    directory = run / "checkpoints"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"step-{step:08d}.pt"
+    scratch = path.with_suffix(".tmp")
+    try:
+        with scratch.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        scratch.unlink(missing_ok=True)
+        raise TrainingError(f"The checkpoint {path} cannot be written ({error}); the earlier ones are intact.") from error
+    for old in sorted(directory.glob(_PATTERN))[:-keep]:
+        old.unlink()
+    return path
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run, if there is one."""
+    return max((run / "checkpoints").glob(_PATTERN), default=None)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Raises:
+        TrainingError: the file is damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and I/O errors of many classes
+        raise TrainingError(f"The checkpoint {path} is damaged ({error}); remove it to go on from an earlier one.") from error
+
+
+def random_state() -> list[dict[str, torch.Tensor]]:
+    """The random state of every rank, in rank order, on every rank."""
+    own = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        own["cuda"] = torch.cuda.get_rng_state()
+    if not dist.is_initialized():
+        return [own]
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, own)
+    return states
+
+
+def restore_random_state(states: list[dict[str, torch.Tensor]], rank: int) -> None:
+    """Give this rank back its random state.
+
+    Raises:
+        TrainingError: the checkpoint was written by another number of ranks.
+    """
+    if rank >= len(states):
+        raise TrainingError(f"The checkpoint was written by {len(states)} ranks; go on with as many.")
+    torch.set_rng_state(states[rank]["cpu"])
+    if "cuda" in states[rank] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[rank]["cuda"])

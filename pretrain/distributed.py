@@ -1,0 +1,62 @@
+"""The process group: one process a GPU under torchrun, or one process alone."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from cots.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Attributes:
+    rank: this process's number among `count`.
+    device: where it computes.
+    """
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[Ranks]:
+    """Join torchrun's process group (nccl on cuda, gloo on cpu) if there is one, and leave it at the end.
+
+    Raises:
+        ConfigError: the device does not exist.
+    """
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if chosen.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"training.device is {device!r}, but torch sees no GPU; set training.device=cpu.")
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Ranks(0, 1, torch.device(chosen))
+        return
+    target = torch.device(chosen)
+    if target.type == "cuda":
+        target = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(target)
+    dist.init_process_group("nccl" if target.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    try:
+        yield Ranks(dist.get_rank(), count, target)
+    finally:
+        dist.destroy_process_group()
+
+
+def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The mean of a detached scalar over all ranks, on every rank."""
+    if not dist.is_initialized():
+        return value
+    value = value.detach().clone().float()
+    dist.all_reduce(value)
+    return value / dist.get_world_size()

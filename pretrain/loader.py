@@ -1,0 +1,312 @@
+"""Pairs for training: deterministic, resumable at any step, the same for any number of ranks and workers.
+
+The order of an epoch is a permutation drawn from (seed, epoch); a sample's augmentation is drawn from (seed, its place in the training). A global batch is
+a slice of that order and each rank takes its part of it, so two ranks see together exactly what one would, and the state of the loader is the
+number of the step. Shards are read by random access: their number need not fit the number of ranks or workers.
+"""
+
+import glob
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cots.config import DataConfig, SourceConfig
+from cots.data.image_io import open_image
+from cots.data.media_kind import HEADER_BYTES, sniff
+from cots.data.samples import Sample, iter_samples
+from cots.data.shards import MEMBER_SEPARATOR, TarIndex, read_captions
+from cots.data.transforms import SquareTransform, TrainingTransform
+from cots.errors import MediaError, SourceError, TrainingError
+from cots.model.text_tower import WordPieceTokenizer
+
+_SUBSTITUTES = 16
+_CLIP_FRAMES = 4
+
+
+@dataclass
+class Pair:
+    """A picture's or a clip's bytes, and its captions."""
+
+    media: bytes
+    captions: Sequence[str]
+
+    def frames(self, count: int) -> list[Image.Image]:
+        """The picture, or `count` frames of the clip, spread evenly.
+
+        Raises:
+            MediaError: it cannot be decoded.
+        """
+        if sniff(self.media[:HEADER_BYTES], "", lambda: io.BytesIO(self.media)) == "video":
+            from cots.data.video_io import read_frames
+
+            return read_frames(self.media, count=count).images
+        return [open_image(self.media)]
+
+
+class PairSource(Protocol):
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str: ...
+
+    def read(self, index: int) -> Pair:
+        """Raises MediaError if there is no picture or no caption."""
+
+
+@dataclass
+class Batch:
+    """Attributes:
+    pixels: (B, 3, S, S) uint8.
+    token_ids: (B * captions_per_item, L) int64, the captions of an item side by side.
+    item_ids: (B,) int64.
+    bad: name and reason of samples that could not be read and were replaced by others.
+    """
+
+    pixels: Tensor
+    token_ids: Tensor
+    item_ids: Tensor
+    bad: list[tuple[str, str]] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> "Batch":
+        move = {"device": device, "non_blocking": True}
+        return Batch(self.pixels.to(**move), self.token_ids.to(**move), self.item_ids.to(**move), self.bad)
+
+    def pin_memory(self) -> "Batch":
+        return Batch(self.pixels.pin_memory(), self.token_ids.pin_memory(), self.item_ids.pin_memory(), self.bad)
+
+
+class ShardPairs:
+    """Pairs of webdataset shards: a picture or clip and a .json with "captions" (or a .txt) under one key."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.index = TarIndex(paths)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def name(self, index: int) -> str:
+        return f"{self.index.shard(index)}{MEMBER_SEPARATOR}{self.index.keys[index]}"
+
+    def read(self, index: int) -> Pair:
+        parts = self.index.read(index)
+        try:
+            captions, _ = read_captions(parts)
+        except ValueError as error:
+            raise MediaError("", f"its captions cannot be read ({error})") from error
+        media = [content for extension, content in parts.items() if extension not in ("json", "txt", "cls")]
+        if not media or not captions:
+            raise MediaError("", "it has no caption" if media else "the shard holds no picture for it")
+        return Pair(media[0], captions)
+
+
+class TablePairs:
+    """Pairs of anything else that `iter_samples` reads, such as a table; what has no caption is left out."""
+
+    def __init__(self, path: str) -> None:
+        self.samples: list[Sample] = [sample for sample in iter_samples([path], lambda _: None) if sample.captions]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def name(self, index: int) -> str:
+        return self.samples[index].path
+
+    def read(self, index: int) -> Pair:
+        return Pair(self.samples[index].read_bytes(), self.samples[index].captions)
+
+
+def open_source(config: SourceConfig) -> PairSource:
+    """Open a source of pairs.
+
+    Raises:
+        SourceError: it does not exist or holds no pair.
+    """
+    tars = sorted(glob.glob(os.path.expanduser(config.path))) if config.path.endswith(".tar") else []
+    source: PairSource = ShardPairs(tars) if tars else TablePairs(config.path)
+    if len(source) == 0:
+        raise SourceError(f"The source {config.path} holds no pair of a picture and a caption.")
+    return source
+
+
+class TrainingPairs(Dataset[tuple[Any, ...]]):
+    """All sources one after another; item (place, index) -> pixels, token ids, item id, bad samples."""
+
+    def __init__(
+        self,
+        sources: Sequence[PairSource],
+        tokenizer: WordPieceTokenizer,
+        transform: TrainingTransform,
+        captions_per_item: int,
+        seed: int,
+    ) -> None:
+        self.sources = sources
+        self.starts = np.cumsum([0, *(len(source) for source in sources)])
+        self.tokenizer = tokenizer
+        self.transform = transform
+        self.captions_per_item = captions_per_item
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:
+        place, index = key
+        bad: list[tuple[str, str]] = []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_seed_of(self.seed, place))
+            for attempt in range(_SUBSTITUTES):
+                actual = (index + attempt * 7919) % len(self)
+                try:
+                    return (*self._load(actual), actual, bad)
+                except MediaError as error:
+                    bad.append((self._name(actual), error.reason))
+        raise TrainingError(f"{_SUBSTITUTES} samples in a row could not be read, the last {bad[-1][0]}: {bad[-1][1]}.")
+
+    def _locate(self, index: int) -> tuple[PairSource, int]:
+        source = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.sources[source], index - int(self.starts[source])
+
+    def _name(self, index: int) -> str:
+        source, own = self._locate(index)
+        return source.name(own)
+
+    def _load(self, index: int) -> tuple[Tensor, Tensor]:
+        source, own = self._locate(index)
+        pair = source.read(own)
+        order = torch.randperm(len(pair.captions)).tolist()
+        captions = [pair.captions[order[draw % len(order)]] for draw in range(self.captions_per_item)]
+        frames = pair.frames(_CLIP_FRAMES)
+        pixels, captions = self.transform(frames[int(torch.randint(len(frames), ()))], captions)
+        return pixels, self.tokenizer(captions, pad_to_max=True)
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """The samples of each step of this rank, from `first_step` to the end of the training."""
+
+    def __init__(
+        self, lengths: Sequence[int], weights: Sequence[float], batch_size: int, steps: int, seed: int, rank: int, ranks: int
+    ) -> None:
+        self.lengths, self.weights = lengths, weights
+        self.batch_size, self.steps, self.seed = batch_size, steps, seed
+        self.rank, self.ranks = rank, ranks
+        self.first_step = 0
+        self.steps_per_epoch = steps_per_epoch(lengths, weights, batch_size)
+
+    def __len__(self) -> int:
+        return self.steps - self.first_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        share = self.batch_size // self.ranks
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        for step in range(self.first_step, self.steps):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                order = epoch_order(self.lengths, self.weights, self.seed, epoch)
+            start = (step % self.steps_per_epoch) * self.batch_size + self.rank * share
+            place = step * self.batch_size + self.rank * share
+            yield [(place + slot, int(index)) for slot, index in enumerate(order[start : start + share])]
+
+
+def steps_per_epoch(lengths: Sequence[int], weights: Sequence[float], batch_size: int) -> int:
+    """Whole global batches in an epoch.
+
+    Raises:
+        SourceError: an epoch has fewer samples than a batch.
+    """
+    samples = sum(round(length * weight) for length, weight in zip(lengths, weights))
+    if samples < batch_size:
+        raise SourceError(f"An epoch has {samples} samples, fewer than a batch of {batch_size}; lower training.batch_size.")
+    return samples // batch_size
+
+
+def epoch_order(lengths: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> np.ndarray:
+    """Sample indices of an epoch, shuffled: each source repeated by its weight, the fraction of it drawn at random."""
+    random = np.random.default_rng([seed, epoch])
+    parts, start = [], 0
+    for length, weight in zip(lengths, weights):
+        whole, rest = divmod(round(length * weight), length)
+        parts += [np.arange(length)] * whole + [random.permutation(length)[:rest]]
+        parts[len(parts) - whole - 1 :] = [part + start for part in parts[len(parts) - whole - 1 :]]
+        start += length
+    return random.permutation(np.concatenate(parts))
+
+
+def training_loader(
+    sources: Sequence[PairSource],
+    config: DataConfig,
+    tokenizer: WordPieceTokenizer,
+    image_size: int,
+    *,
+    batch_size: int,
+    steps: int,
+    first_step: int,
+    seed: int,
+    rank: int,
+    ranks: int,
+    pin_memory: bool,
+) -> DataLoader[Any]:
+    """A loader of this rank's `Batch` for each step from `first_step` on."""
+    transform = TrainingTransform(image_size, config.augmentation)
+    pairs = TrainingPairs(sources, tokenizer, transform, config.captions_per_item, seed)
+    sampler = StepSampler(
+        [len(source) for source in sources], [source.weight for source in config.train], batch_size, steps, seed, rank, ranks
+    )
+    sampler.first_step = first_step
+    return DataLoader(
+        pairs,
+        batch_sampler=sampler,
+        num_workers=config.workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if config.workers else None,
+        worker_init_fn=_single_thread,
+    )
+
+
+class ValidationFrames(Dataset[Tensor]):
+    """Pictures (one frame) and clips of a source through the exact transform: (F, 3, S, S) uint8.
+
+    A bad one is an error: recall over fewer items could not be compared.
+    """
+
+    def __init__(self, source: PairSource, transform: SquareTransform) -> None:
+        self.source = source
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.stack([self.transform(frame) for frame in self.source.read(index).frames(_CLIP_FRAMES)])
+
+
+def captions_of(source: PairSource) -> tuple[list[str], Tensor]:
+    """All captions of a source, and for each the index of its item, (T,) int64."""
+    captions: list[str] = []
+    owners: list[int] = []
+    for index in range(len(source)):
+        own = source.read(index).captions
+        captions += own
+        owners += [index] * len(own)
+    return captions, torch.tensor(owners)
+
+
+def _collate(items: list[tuple[Any, ...]]) -> Batch:
+    pixels, token_ids, item_ids, bad = zip(*items)
+    return Batch(torch.stack(pixels), torch.cat(token_ids), torch.tensor(item_ids), [one for many in bad for one in many])
+
+
+def _seed_of(*values: int) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _single_thread(_: int) -> None:
+    torch.set_num_threads(1)

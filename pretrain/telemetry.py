@@ -1,0 +1,93 @@
+"""What a run says of itself: a progress line or bar on stderr, and one JSON object a line in log.jsonl."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+_SHOWN = ("loss", "temperature", "positive_similarity", "negative_similarity", "pairs_per_second")
+
+
+class Telemetry:
+    """Rows of the log; only the first rank has one that shows or writes anything.
+
+    A training row holds step, epoch, every scalar of the objective, the learning rate factor, the gradient norm, pairs per second (of all ranks),
+    the share of the time spent waiting for data, and the peak memory of the device. A validation row holds the recalls.
+    """
+
+    def __init__(self, run: Path, steps: int, first_step: int, batch_size: int, active: bool) -> None:
+        self.active = active
+        self.batch_size = batch_size
+        self.steps = steps
+        self._since = time.perf_counter()
+        self._waited = 0.0
+        self._counted = 0
+        self._scalars: dict[str, list[torch.Tensor]] = {}
+        if not active:
+            return
+        self._file = (run / "log.jsonl").open("a", encoding="utf-8")
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.completed}/{task.total} steps"),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self._console,
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._progress.add_task("training", total=steps, completed=first_step, figures="")
+        self._progress.start()
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        if self.active:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def step(self, scalars: dict[str, torch.Tensor], waited: float) -> None:
+        """Count a step. The values stay on the device until `flush`, so that no step waits for the GPU."""
+        if not self.active:
+            return
+        self._counted += 1
+        self._waited += waited
+        for name, value in scalars.items():
+            self._scalars.setdefault(name, []).append(value)
+        self._progress.advance(self._task)
+
+    def flush(self, step: int, epoch: float, extra: dict[str, Any]) -> dict[str, float]:
+        """Write a row with the means since the last one, and return them."""
+        if not self.active or not self._counted:
+            return {}
+        means = {name: torch.stack(values).float().mean().item() for name, values in self._scalars.items()}
+        elapsed = time.perf_counter() - self._since
+        means["pairs_per_second"] = self._counted * self.batch_size / elapsed
+        means["data_wait"] = self._waited / elapsed
+        if torch.cuda.is_available():
+            means["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self._write({"step": step, "epoch": round(epoch, 3), **means, **extra})
+        figures = "  ".join(f"{name} {means[name]:.4g}" for name in _SHOWN if name in means)
+        self._progress.update(self._task, figures=figures)
+        self.restart()
+        return means
+
+    def restart(self) -> None:
+        """Start counting anew, so that validation time does not count as training time."""
+        self._since, self._waited, self._counted, self._scalars = time.perf_counter(), 0.0, 0, {}
+
+    def validation(self, step: int, epoch: float, metrics: dict[str, Any]) -> None:
+        if self.active:
+            self._write({"step": step, "epoch": round(epoch, 3), "validation": metrics})
+
+    def close(self) -> None:
+        if self.active:
+            self._progress.stop()
+            self._file.close()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
+        self._file.write(json.dumps(rounded) + "\n")
+        self._file.flush()
