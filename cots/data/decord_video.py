@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-# decord reports no failure of its own for a frame that it cannot seek to and gives a neighbour instead; with these containers its
-# frames were the same as FFmpeg's, with MPEG-TS they were not.
+# decord reports no failure of its own for a frame that it cannot seek to and gives a neighbour instead; with these
+# containers its frames were the same as FFmpeg's, with MPEG-TS they were not.
 _CONTAINERS = ("mov", "matroska", "avi")
 _CHUNK = 16  # frames decoded at once, which bounds the memory for full-size frames
 
@@ -28,7 +28,8 @@ def decode(
         frames: how many frames the file holds by its packets.
 
     Raises:
-        RuntimeError: decord cannot read the file, counts its frames differently, or had to stand a neighbour in for a frame.
+        RuntimeError: decord cannot read the file, counts its frames differently, or had to stand a neighbour in for a
+            frame.
     """
     os.environ.setdefault("DECORD_DUPLICATE_WARNING_THRESHOLD", "1.0")  # such frames are an error here, below
     import decord

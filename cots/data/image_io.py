@@ -25,7 +25,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# MAX_PIXELS is checked before every decode, so Pillow's own lower threshold would only print a line about pictures that are wanted.
+# MAX_PIXELS is checked before every decode, so Pillow's own lower threshold would only print a line about pictures that
+# are wanted.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -35,14 +36,14 @@ def open_image(
     max_pixels: int = MAX_PIXELS,
     target_size: int | None = None,
 ) -> Image.Image:
-    """Decode an image to RGB: EXIF orientation applied, transparency laid on white, deep and CMYK modes brought to 8 bits.
+    """Decode an image to upright RGB: EXIF applied, transparency laid on white, deep and CMYK modes brought to 8 bits.
 
     Args:
         source: a path, or the encoded bytes.
         name: what errors call the image; the path when empty.
         max_pixels: the largest width x height accepted, checked before any pixel is decoded.
-        target_size: the short side that the caller will scale to. A JPEG may then be decoded at 1/2, 1/4 or 1/8 of its size, with the
-            short side kept at twice the target or more. None: full size.
+        target_size: the short side that the caller will scale to. A JPEG may then be decoded at 1/2, 1/4 or 1/8 of its
+            size, with the short side kept at twice the target or more. None: full size.
 
     Returns:
         A loaded picture of mode RGB. Of an animation, the first frame.
@@ -114,8 +115,8 @@ def _open(file: Any) -> Image.Image:
 def _deep_to_rgb(image: Image.Image) -> Image.Image:
     """Scale 16-bit, 32-bit and float greyscale to 8 bits (Pillow's own conversion clips everything over 255 to white).
 
-    The full range of 16 bits maps to black..white, floats in 0..1 likewise; values outside these have no agreed range, so their
-    own minimum and maximum are stretched.
+    The full range of 16 bits maps to black..white, floats in 0..1 likewise; values outside these have no agreed range,
+    so their own minimum and maximum are stretched.
     """
     values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
     low, high = float(values.min()), float(values.max())

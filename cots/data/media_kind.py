@@ -1,6 +1,7 @@
 """What a file is, told from its first bytes: a still image, a video, or neither.
 
-Names lie (a text file called `.jpg`, a GIF that moves), so the extension only decides which files of a folder are looked at.
+Names lie (a text file called `.jpg`, a GIF that moves), so the extension only decides which files of a folder are
+looked at.
 """
 
 from collections.abc import Callable
@@ -11,17 +12,19 @@ from PIL import Image
 Kind = Literal["image", "video"]
 
 IMAGE_EXTENSIONS = frozenset(
-    "apng avif bmp dds dib gif heic heif ico j2k jfif jp2 jpe jpeg jpg jpx pbm pcx pgm png pnm ppm psd qoi sgi tga tif tiff webp".split()
+    {"apng", "avif", "bmp", "dds", "dib", "gif", "heic", "heif", "ico", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg"}
+    | {"jpx", "pbm", "pcx", "pgm", "png", "pnm", "ppm", "psd", "qoi", "sgi", "tga", "tif", "tiff", "webp"}
 )
 VIDEO_EXTENSIONS = frozenset(
-    "3g2 3gp asf avi divx flv h264 hevc m2ts m2v m4v mkv mov mp4 mpeg mpg mts mxf ogm ogv rm rmvb ts vob webm wmv y4m".split()
+    {"3g2", "3gp", "asf", "avi", "divx", "flv", "h264", "hevc", "m2ts", "m2v", "m4v", "mkv", "mov", "mp4", "mpeg"}
+    | {"mpg", "mts", "mxf", "ogm", "ogv", "rm", "rmvb", "ts", "vob", "webm", "wmv", "y4m"}
 )
 MEDIA_EXTENSIONS = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS
 
 HEADER_BYTES = 512  # enough for every signature below; a transport stream needs 197
 
-# Pillow hands EPS to Ghostscript, a program of its own, which no picture from a stranger should reach; its MPEG, BUFR, GRIB, HDF5 and
-# WMF plugins only recognise files that they cannot decode.
+# Pillow hands EPS to Ghostscript, a program of its own, which no picture from a stranger should reach; its MPEG, BUFR,
+# GRIB, HDF5 and WMF plugins only recognise files that they cannot decode.
 _EXCLUDED_FORMATS = frozenset({"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "WMF"})
 
 _IMAGE_SIGNATURES = (
@@ -72,7 +75,8 @@ def sniff(header: bytes, extension: str, open_file: Callable[[], BinaryIO]) -> K
     Args:
         header: the first HEADER_BYTES bytes.
         extension: lower case, without the dot. It decides only for formats without a signature (TGA, PCX and the like).
-        open_file: gives the whole content, seekable; called only where the header does not suffice (GIF, PNG, no signature).
+        open_file: gives the whole content, seekable; called only where the header does not suffice (GIF, PNG, no
+            signature).
     """
     if header[:6] in (b"GIF87a", b"GIF89a"):
         return "video" if _gif_moves(open_file) else "image"

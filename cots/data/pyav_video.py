@@ -50,7 +50,8 @@ class PyAVVideo:
         mirrored: whether the picture is to be mirrored (a front camera's display matrix).
 
     Raises:
-        MediaError: not a video, no video stream (audio only), no frame that decodes, or frames of more than `max_pixels`.
+        MediaError: not a video, no video stream (audio only), no frame that decodes, or frames of more than
+            `max_pixels`.
         MissingDependency: PyAV is not installed.
     """
 
@@ -101,16 +102,14 @@ class PyAVVideo:
         if context is None:
             raise MediaError(self._name, "the video's codec is unknown to FFmpeg")
         if context.width * context.height > self._max_pixels:
-            raise MediaError(
-                self._name,
-                f"{context.width} x {context.height} pixels a frame is more than the limit of {self._max_pixels:,} pixels",
-            )
+            size = f"{context.width} x {context.height}"
+            raise MediaError(self._name, f"{size} pixels a frame is more than the limit of {self._max_pixels:,} pixels")
         context.thread_count = self._threads
         context.thread_type = "AUTO" if self._threads > 1 else "NONE"
         return stream
 
     def _scan(self) -> None:
-        """Read all packets once for their times, decoding only up to the first picture (for its size and orientation)."""
+        """Read all packets once for their times, decoding only the first picture (for its size and orientation)."""
         times: list[int | None] = []
         keys: list[int | None] = []
         first: Any = None
@@ -147,7 +146,7 @@ class PyAVVideo:
         self.mirrored = self._transpose in _MIRRORED
 
     def decode(self, indices: Sequence[int], size: tuple[int, int]) -> Iterator[tuple[int, Image.Image]]:
-        """The frames of ascending, distinct `indices`, scaled to (width, height); those that cannot be decoded are left out.
+        """The frames of ascending, distinct `indices`, scaled to (width, height); what does not decode is left out.
 
         Between two frames it decodes on, or jumps to a keyframe if one lies well ahead.
         """
@@ -247,7 +246,8 @@ def _orientation(frame: Any) -> Image.Transpose | None:
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(float)
     turned = max(abs(b), abs(c)) > max(abs(a), abs(d))
     signs = (0.0, *np.sign([b, c]), 0.0) if turned else (np.sign(a), 0.0, 0.0, np.sign(d))
-    return _BY_MATRIX.get(tuple(int(sign) for sign in signs))
+    w, x, y, z = (int(sign) for sign in signs)
+    return _BY_MATRIX.get((w, x, y, z))
 
 
 def _brief(error: Exception) -> str:

@@ -3,8 +3,8 @@
     for sample in iter_samples(["photos/", "clips/*.mp4", "shard-000000.tar", "list.csv"], on_error=print):
         image = open_image(sample.media(), name=sample.path)
 
-Nothing is decoded here; a header is read to tell an image from a video. What is no media file at all is reported at once, damage
-further inside when it is decoded.
+Nothing is decoded here; a header is read to tell an image from a video. What is no media file at all is reported at
+once, damage further inside when it is decoded.
 """
 
 import glob
@@ -31,8 +31,8 @@ class Sample:
         path: absolute; for a shard's member "/dir/shard.tar::member.webp".
         kind: "image" or "video", by content: an animated GIF, WebP or PNG is a video.
         captions: none, one or several.
-        source: where it comes from, for people: the folder's name as the user gave it, the shard's file name, the table's column
-            `source` or the table's name.
+        source: where it comes from, for people: the folder's name as the user gave it, the shard's file name, the
+            table's column `source` or the table's name.
         extra: other columns of a table or other fields of a shard's .json, such as "licence".
         size: bytes.
         mtime: seconds since 1970; a member's is its shard's.
@@ -59,23 +59,23 @@ class Sample:
         return read_span(self.path.rpartition(MEMBER_SEPARATOR)[0], self.offset, self.size)
 
     def media(self) -> str | bytes:
-        """What `open_image` and `read_frames` take: the path of a plain file (no need to load a long video), a member's bytes."""
+        """What `open_image` and `read_frames` take: a plain file's path, else bytes."""
         return self.path if self.offset is None else self.read_bytes()
 
 
 def iter_samples(sources: Sequence[str | Path], on_error: OnError) -> Iterator[Sample]:
-    """The samples of all sources in their order; a folder's sorted by path; each path once, though several sources name it.
+    """The samples of all sources in their order, a folder's sorted by path; each path once.
 
-    A source is an image or video file, a folder (walked, hidden entries skipped, shards in it included), a glob (`**` for any
-    depth), a webdataset shard (.tar) or a table (.jsonl, .csv, .tsv, .parquet).
+    A source is an image or video file, a folder (walked, hidden entries skipped, shards in it included), a glob (`**`
+    for any depth), a webdataset shard (.tar) or a table (.jsonl, .csv, .tsv, .parquet).
 
     Args:
         sources: as the user wrote them.
         on_error: called for each item that is no readable media file; the rest goes on.
 
     Raises:
-        SourceError: at once, when a source does not exist or a folder holds no media; during iteration, when a table lacks its
-            path column or a shard cannot be used.
+        SourceError: at once, when a source does not exist or a folder holds no media; during iteration, when a table
+            lacks its path column or a shard cannot be used.
     """
     parts = [part for source in sources for part in _resolve(str(source))]
     return _each_once(parts, on_error)
@@ -140,7 +140,7 @@ def _label(folder: str) -> str:
 
 
 def _walk(folder: str, label: str) -> Iterator[_Entry]:
-    """A folder's media and shards, its own first, then its folders'; links are followed, but no folder is entered twice."""
+    """A folder's media and shards, its own before its folders'; links are followed, no folder is entered twice."""
     visited: set[tuple[int, int]] = set()
     pending = [folder]
     while pending:
@@ -230,7 +230,9 @@ def _from_pair(shard: str, parts: dict[str, Member], mtime: float, on_error: OnE
     media = [(extension, member) for extension, member in parts.items() if _is_media(extension)]
     if not media:
         return
-    texts = {name: read_span(shard, parts[name].offset, parts[name].size) for name in ("json", "txt") if name in parts}
+    texts: dict[str, bytes] = {
+        name: read_span(shard, parts[name].offset, parts[name].size) for name in ("json", "txt") if name in parts
+    }
     captions: tuple[str, ...] = ()
     fields: dict[str, Any] = {}
     try:

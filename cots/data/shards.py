@@ -48,8 +48,8 @@ def scan_tar(path: str | Path) -> tuple[list[Member], str | None]:
     """Read a tar's headers, not its payloads.
 
     Returns:
-        The complete regular members in their order, hidden ones left out, and what is wrong with the rest of the archive
-        (None: nothing).
+        The complete regular members in their order, hidden ones left out, and what is wrong with the rest of the
+        archive (None: nothing).
 
     Raises:
         SourceError: the file cannot be opened, or is compressed (no random access).
@@ -61,9 +61,7 @@ def scan_tar(path: str | Path) -> tuple[list[Member], str | None]:
     try:
         start = os.pread(descriptor, 2, 0)
         if start in _COMPRESSED:
-            raise SourceError(
-                f"{path} is compressed with {_COMPRESSED[start]}; unpack it to a plain .tar, which can be read at random"
-            )
+            raise SourceError(f"{path} is compressed with {_COMPRESSED[start]}; unpack it to a plain .tar")
         return _scan(descriptor, os.fstat(descriptor).st_size)
     finally:
         os.close(descriptor)
@@ -115,7 +113,7 @@ def _hidden(name: str) -> bool:
 
 
 def group(members: Iterable[Member]) -> dict[str, dict[str, Member]]:
-    """Members by pair and extension, in order of first appearance. A name that occurs twice means its last, as tar has it."""
+    """Members by pair and extension, in order of first appearance; of two with one name the last, as tar has it."""
     pairs: dict[str, dict[str, Member]] = {}
     for member in members:
         key, extension = split_key(member.name)
@@ -126,8 +124,9 @@ def group(members: Iterable[Member]) -> dict[str, dict[str, Member]]:
 class TarIndex:
     """Random access to the pairs of webdataset shards.
 
-    Only headers are read on construction. The index is a few numpy arrays, so it pickles cheaply, and forked loader workers share
-    its memory. A read opens and closes its shard: no descriptor is shared between processes, and any number of shards will do.
+    Only headers are read on construction. The index is a few numpy arrays, so it pickles cheaply, and forked loader
+    workers share its memory. A read opens and closes its shard: no descriptor is shared between processes, and any
+    number of shards will do.
 
     Args:
         paths: the shards, in the order their pairs are numbered.
@@ -249,8 +248,8 @@ def read_captions(parts: Mapping[str, bytes]) -> tuple[tuple[str, ...], dict[str
     """The captions of a pair and its .json's other fields.
 
     Args:
-        parts: contents by extension. A "json" object's "captions" or "caption" is used (a string or a list), else "txt", one
-            caption a line.
+        parts: contents by extension. A "json" object's "captions" or "caption" is used (a string or a list), else
+            "txt", one caption a line.
 
     Raises:
         ValueError: the JSON does not parse or is not an object.

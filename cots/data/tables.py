@@ -1,4 +1,4 @@
-"""Tables of media: .jsonl, .csv, .tsv and .parquet files with a path column, and optionally captions, source, licence and more."""
+"""Tables of media: .jsonl, .csv, .tsv and .parquet files with a path column, perhaps captions, source and licence."""
 
 import csv
 import json
@@ -42,7 +42,8 @@ def read_table(path: str | Path, on_error: Callable[[MediaError], None]) -> Iter
     A row that does not parse or names no file goes to `on_error`, and the rest follows.
 
     Raises:
-        SourceError: the table cannot be opened or decoded, is empty, or has no path column (the message lists those it has).
+        SourceError: the table cannot be opened or decoded, is empty, or has no path column (the message lists those it
+            has).
     """
     table = Path(path)
     readers = {"jsonl": _read_jsonl, "csv": _read_csv, "tsv": _read_csv, "parquet": _read_parquet}
@@ -89,7 +90,7 @@ def _row(
     if "license" in extra:
         extra.setdefault("licence", extra.pop("license"))
     source = extra.pop("source", table.stem)
-    return Row(str((table.parent.absolute() / value.strip())), captions, source, extra, place)
+    return Row(str(table.parent.absolute() / value.strip()), captions, source, extra, place)
 
 
 def _is_scalar(value: Any) -> bool:
@@ -135,9 +136,8 @@ def _read_csv(table: Path, on_error: Callable[[MediaError], None]) -> Iterator[t
             for fields in reader:
                 yield f"{table}, line {reader.line_num}", fields
         except UnicodeDecodeError as error:
-            raise SourceError(
-                f"the table {table} is not UTF-8 (byte {error.object[error.start]:#04x} after line {reader.line_num}); save it as UTF-8"
-            ) from error
+            byte = f"byte {error.object[error.start]:#04x} after line {reader.line_num}"
+            raise SourceError(f"the table {table} is not UTF-8 ({byte}); save it as UTF-8") from error
         except csv.Error as error:
             raise SourceError(f"the table {table} is damaged after line {reader.line_num} ({error})") from error
 

@@ -3,9 +3,9 @@
     frames = read_frames("clip.mp4", count=8, short_side=256)
     frames.images[0], frames.times[0]
 
-decord decodes what it reads reliably, PyAV everything else and whatever decord fails on, Pillow animated GIF, WebP and PNG. All three
-see the same timeline, built from the packets' own times, so variable frame rates need no care. A frame that does not decode is left
-out: no other frame and no blank one stands in for it.
+decord decodes what it reads reliably, PyAV everything else and whatever decord fails on, Pillow animated GIF, WebP and
+PNG. All three see the same timeline, built from the packets' own times, so variable frame rates need no care. A frame
+that does not decode is left out: no other frame and no blank one stands in for it.
 """
 
 from collections.abc import Sequence
@@ -63,9 +63,10 @@ def read_frames(
         path: a file, or its bytes.
         times: seconds; those outside the video mean its first or last frame.
         count: so many, at the centres of equal segments.
-        interval: one every so many seconds, at the centres of segments of that length; never fewer than `min_frames` nor more than
-            `max_frames` (then at the centres of that many equal segments).
-        short_side: scale each frame down so that its shorter side has this many pixels; smaller videos stay as they are.
+        interval: one every so many seconds, at the centres of segments of that length; never fewer than `min_frames`
+            nor more than `max_frames` (then at the centres of that many equal segments).
+        short_side: scale each frame down so that its shorter side has this many pixels; smaller videos stay as they
+            are.
         name: what errors call the video; the path when empty.
         threads: decoding threads.
         max_pixels: the largest width x height of a frame that is accepted.
