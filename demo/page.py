@@ -1,0 +1,184 @@
+"""The page as a Gradio app: one `gr.HTML` that holds it, and the same search as the API endpoint `/search`."""
+
+import logging
+from html import escape
+from pathlib import Path, PurePath
+from string import Template
+from typing import Any, Literal
+
+import gradio as gr
+from pydantic import BaseModel, Field, ValidationError
+
+from cots.data.image_io import open_image
+from cots.errors import CotsError
+from demo.cards import cards
+from demo.engine import PICTURE_SIDE, Engine, Shelf
+from index.search import SearchResult
+
+STATIC = Path(__file__).parent / "static"
+STEP = 24
+MOST = 20 * STEP
+EXAMPLES = (
+    "a dog running through water",
+    "children playing outside",
+    "something sweet to eat",
+    "a person climbing a rock",
+    "flowers",
+    "a red car",
+)
+# Linked from the head rather than given to Gradio as css: fonts are addressed relative to the stylesheet.
+HEAD = (
+    '<link rel="stylesheet" href="page/page.css"><link rel="stylesheet" href="page/results.css">'
+    '<meta name="color-scheme" content="light dark">'
+)
+_SLOTS = ("sources", "cards", "timing", "message", "hide_message", "hide_further", "hide_sources")
+log = logging.getLogger(__name__)
+
+
+class Ask(BaseModel):
+    """What the page asks for; an empty value means "any".
+
+    Attributes:
+        picture: token of a picture that `Engine.keep_picture` holds.
+        like: id of a row.
+        skip, k: the hits from `skip` on, up to the k-th.
+    """
+
+    text: str = Field("", max_length=1000)
+    without: str = Field("", max_length=500)
+    kind: Literal["", "image", "video"] = ""
+    source: str = ""
+    picture: str = ""
+    like: int | Literal[""] = ""
+    skip: int = Field(0, ge=0, le=MOST)
+    k: int = Field(STEP, ge=1, le=MOST)
+
+    @property
+    def searches(self) -> bool:
+        return bool(self.text.strip() or self.picture or self.like != "")
+
+
+def build_page(engine: Engine) -> gr.Blocks:
+    """The page and its API over an engine."""
+
+    def find(ask: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return answer(engine, Ask.model_validate(ask))
+        except CotsError as error:
+            return {"message": str(error)}
+        except ValidationError as error:
+            first = error.errors()[0]
+            return {"message": f"The search was not understood: {first['loc'][0]}: {first['msg']}."}
+        except Exception:
+            log.exception("The search %r failed", ask)
+            return {"message": "The search failed; the terminal that runs cots demo says why."}
+
+    def search(
+        text: str = "", image: bytes | None = None, without: str = "", kind: str = "", source: str = "", k: int = 10
+    ) -> dict[str, Any]:
+        """Search the gallery by a text, a picture or both; returns the document that `cots search --json` prints."""
+        try:
+            picture = open_image(image, target_size=PICTURE_SIDE) if image else None
+            return engine.search(text or "", picture, without or "", kind or "", source or "", k=int(k)).to_json()
+        except CotsError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    with gr.Blocks(analytics_enabled=False, title="COTS: image and video search", fill_width=True) as blocks:
+        gr.HTML(
+            value=lambda: render(engine),
+            apply_default_css=False,
+            js_on_load="\n".join((STATIC / name).read_text(encoding="utf-8") for name in ("viewer.js", "page.js")),
+            server_functions=[find],
+        )
+        with gr.Row(visible=False):
+            parameters = [
+                gr.Textbox(label="text", value=""),
+                gr.File(label="image", type="binary"),
+                gr.Textbox(label="without", value=""),
+                gr.Textbox(label="kind: image, video or empty", value=""),
+                gr.Textbox(label="source: a source of the gallery or empty", value=""),
+                gr.Number(label="k", value=10, precision=0),
+            ]
+            result = gr.JSON(label="result")
+            gr.Button().click(search, parameters, result, api_name="search", concurrency_limit=None)
+    return blocks
+
+
+def answer(engine: Engine, ask: Ask) -> dict[str, Any]:
+    """The reply to one request of the page: HTML of cards and timing line, and whether there is more to show.
+
+    Raises:
+        CotsError: a sentence for the visitor.
+    """
+    shelf = engine.shelf
+    if not ask.searches:
+        if ask.without.strip():
+            raise CotsError("“Without” takes away from a search; type a few words, or drop in a picture, too.")
+        hits = shelf.sample(ask.kind, ask.source, ask.skip, ask.k - ask.skip + 1)
+        timing = stock(shelf, engine.model.name)
+    else:
+        picture = engine.picture(ask.picture) if ask.picture else None
+        like = None if ask.like == "" else ask.like
+        result = engine.search(ask.text, picture, ask.without, ask.kind, ask.source, like, ask.k + 1)
+        hits = result.hits[ask.skip :]
+        timing = times(result, shelf)
+    if not hits:
+        raise CotsError(nothing_found(ask))
+    wanted = ask.k - ask.skip
+    return {
+        "cards": cards(hits[:wanted], shelf.mark, scored=ask.searches),
+        "timing": timing,
+        "more": len(hits) > wanted and ask.k < MOST,
+    }
+
+
+def nothing_found(ask: Ask) -> str:
+    kinds = {"": "Nothing", "image": "No photo", "video": "No video"}[ask.kind]
+    if ask.source:
+        return f"{kinds} from {ask.source} matches; choose another kind or source."
+    if ask.kind:
+        return f"{kinds} in this gallery matches; choose another kind."
+    return "Nothing in this gallery matches; ask for something else."
+
+
+def times(result: SearchResult, shelf: Shelf) -> str:
+    took = result.took_ms
+    return (
+        f"<b>{shelf.items:,}</b> items · encoding <b>{_ms(took['encode'])}</b> · search <b>{_ms(took['search'])}</b> · "
+        f"fetching <b>{_ms(took['fetch'])}</b> · {escape(PurePath(result.model).name)}"
+    )
+
+
+def stock(shelf: Shelf, model: str) -> str:
+    return f"{holdings(shelf)} · {escape(PurePath(model).name)}"
+
+
+def holdings(shelf: Shelf) -> str:
+    """What the gallery holds, in words."""
+    photos = f"{shelf.images:,} picture{'s' * (shelf.images != 1)}"
+    videos = f"{shelf.videos:,} clip{'s' * (shelf.videos != 1)}"
+    return " and ".join(part for part, count in ((photos, shelf.images), (videos, shelf.videos)) if count)
+
+
+def render(engine: Engine) -> str:
+    """The page before the first search: a sampling of the gallery, or the sentence that says why there is none."""
+    values = dict.fromkeys(_SLOTS, "")
+    values["examples"] = "".join(f'<li><button type="button">{escape(example)}</button></li>' for example in EXAMPLES)
+    try:
+        shelf = engine.shelf
+    except CotsError as error:
+        values |= {"message": escape(str(error)), "hide_further": " hidden", "hide_sources": " hidden"}
+        values["introduction"] = "Pictures and moments of video, found by what they show."
+    else:
+        first = shelf.sample("", "", 0, STEP)
+        values |= {"cards": cards(first, shelf.mark, scored=False), "hide_message": " hidden"}
+        values["timing"] = stock(shelf, engine.model.name)
+        values["introduction"] = f"{holdings(shelf)}, searched by what they show. Nothing leaves this machine."
+        values["hide_further"] = "" if shelf.items > STEP else " hidden"
+        values["hide_sources"] = "" if len(shelf.sources) > 1 else " hidden"
+        values["sources"] = "".join(f'<option value="{escape(name)}">{escape(name)}</option>' for name in shelf.sources)
+    return Template((STATIC / "page.html").read_text(encoding="utf-8")).substitute(values)
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:.1f} ms" if milliseconds < 10 else f"{milliseconds:.0f} ms"
