@@ -53,12 +53,12 @@ class Animation:
     def _lengths(self) -> list[float]:
         """Milliseconds of each frame that decodes; the frames after a damaged one are lost with it."""
         lengths: list[float] = []
-        for i in range(getattr(self._image, "n_frames", 1)):
+        while True:
             try:
-                self._image.seek(i)
+                self._image.seek(len(lengths))
                 self._image.load()
-            except Exception:
-                if i == 0:
+            except Exception:  # past the last frame, or damaged
+                if not lengths:
                     raise
                 break
             length = float(self._image.info.get("duration") or 0)

@@ -14,6 +14,7 @@ from PIL import Image
 from cots.data.video_info import VideoInfo, end_of_last
 from cots.errors import MediaError, MissingDependency
 
+_ATTACHED_PICTURE = 0x0400  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC
 _SEEK_GAIN = 12  # frames; jumping to a nearer keyframe costs more than decoding on
 # The display matrix sends (x, y) to (a x + c y, b x + d y), y downwards; keys are the signs of (a, b, c, d).
 _BY_MATRIX = {
@@ -78,7 +79,7 @@ class PyAVVideo:
 
         source = io.BytesIO(self._source) if isinstance(self._source, bytes) else str(self._source)
         try:
-            self._container: Any = av.open(source)
+            self._container: Any = av.open(source, metadata_errors="replace")  # titles in old encodings
         except self._errors as error:
             raise MediaError(self._name, f"not a readable video ({_brief(error)})") from error
         try:
@@ -93,11 +94,11 @@ class PyAVVideo:
 
     def _pick_stream(self) -> Any:
         # A sound file's cover is a video stream of one attached picture.
-        streams = [s for s in self._container.streams.video if "attached_pic" not in str(s.disposition)]
+        streams = [s for s in self._container.streams.video if not s.disposition & _ATTACHED_PICTURE]
         if not streams:
             kind = "it holds sound only" if self._container.streams.audio else "it has no video stream"
             raise MediaError(self._name, f"no pictures to read: {kind}")
-        stream = self._container.streams.best("video") if len(streams) > 1 else streams[0]
+        stream = max(streams, key=lambda s: s.codec_context.width * s.codec_context.height if s.codec_context else 0)
         context = stream.codec_context
         if context is None:
             raise MediaError(self._name, "the video's codec is unknown to FFmpeg")
@@ -110,25 +111,28 @@ class PyAVVideo:
 
     def _scan(self) -> None:
         """Read all packets once for their times, decoding only the first picture (for its size and orientation)."""
-        times: list[int | None] = []
-        keys: list[int | None] = []
+        packets: list[tuple[int | None, int | None, bool]] = []  # time of presentation, of decoding; keyframe?
         first: Any = None
         last_duration = 0
         for packet in self._packets():
             if packet is not None and not packet.is_discard:
-                times.append(packet.pts)
+                packets.append((packet.pts, packet.dts, packet.is_keyframe))
                 last_duration = packet.duration or last_duration
-                if packet.is_keyframe:
-                    keys.append(packet.pts)
             if first is None:
                 first = next(self._decoded(packet), None)
-        if first is None or not times:
+        if first is None or not packets:
             raise MediaError(self._name, "none of its frames can be decoded")
         base = self._stream.time_base
         frame_rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(25)
-        self._timed = None not in times
-        if not self._timed:  # elementary streams carry no times: their frames are counted
-            base, times, keys, last_duration = 1 / Fraction(frame_rate), list(range(len(times))), [], 1
+        times = [pts for pts, _, _ in packets]
+        keys = [pts for pts, _, key in packets if key]
+        # AVI stores no times of presentation, and FFmpeg guesses wrong with B-frames; elementary streams store none at
+        # all. Their frames come out in the right order and are counted.
+        self._counted = None in times or (self.container == "avi" and self._stream.codec_context.has_b_frames)
+        if self._counted:
+            times, keys = [dts for _, dts, _ in packets], []
+        if None in times:
+            base, times, last_duration = 1 / Fraction(frame_rate), list(range(len(packets))), 1
         self._pts = sorted({pts for pts in times if pts is not None})
         self._keys = sorted(bisect.bisect_left(self._pts, pts) for pts in keys if pts is not None)
         self._tolerance = float(np.median(np.diff(self._pts))) / 2 if len(self._pts) > 1 else 0.0
@@ -181,7 +185,7 @@ class PyAVVideo:
         count = 0
         for packet in self._packets():
             for frame in self._decoded(packet):
-                index = self._index_of(frame.pts) if self._timed else count
+                index = count if self._counted else self._index_of(frame.pts)
                 count += 1
                 if index is not None:
                     yield index, frame
@@ -251,4 +255,5 @@ def _orientation(frame: Any) -> Image.Transpose | None:
 
 
 def _brief(error: Exception) -> str:
+    """FFmpeg's own words, without the number and the file's name."""
     return str(getattr(error, "strerror", None) or error).lower()

@@ -75,9 +75,9 @@ def iter_samples(sources: Sequence[str | Path], on_error: OnError) -> Iterator[S
 
     Raises:
         SourceError: at once, when a source does not exist or a folder holds no media; during iteration, when a table
-            lacks its path column or a shard cannot be used.
+            lacks its path column, or a shard given by name cannot be opened or holds no media.
     """
-    parts = [part for source in sources for part in _resolve(str(source))]
+    parts = [part for source in sources for part in _resolve(str(source), on_error)]
     return _each_once(parts, on_error)
 
 
@@ -93,18 +93,18 @@ def _each_once(parts: list[Iterator["_Entry"]], on_error: OnError) -> Iterator[S
 
 @dataclass(frozen=True)
 class _Entry:
-    """A file of any accepted form. `named`: the user gave its name, rather than a folder that holds it."""
+    """A file of any accepted form. `named`: the user gave its very name, not a folder or a glob."""
 
     path: str
     source: str
     named: bool
 
 
-def _resolve(source: str) -> list[Iterator[_Entry]]:
+def _resolve(source: str, on_error: OnError) -> list[Iterator[_Entry]]:
     """Check that a source exists and give the entries that it stands for."""
     path = os.path.abspath(os.path.expanduser(source))
     if os.path.isdir(path):
-        return [_walk_checked(path, source)]
+        return [_walk_checked(path, source, on_error)]
     if os.path.lexists(path):
         return [iter([_Entry(path, os.path.basename(os.path.dirname(path)), named=True)])]
     if glob.has_magic(source):
@@ -113,33 +113,38 @@ def _resolve(source: str) -> list[Iterator[_Entry]]:
             raise SourceError(
                 f"nothing matches {source}; check the pattern, and quote it so that the shell leaves it alone"
             )
-        return [part for match in matches for part in _matched(match)]
+        parts = [part for match in matches for part in _matched(match, on_error)]
+        if not parts:
+            raise SourceError(
+                f"none of the {len(matches)} files that match {source} is an image, a video, a shard or a table"
+            )
+        return parts
     raise SourceError(f"there is no file or folder {source}")
 
 
-def _matched(match: str) -> list[Iterator[_Entry]]:
+def _matched(match: str, on_error: OnError) -> list[Iterator[_Entry]]:
     """What a glob matched: files of the accepted forms and folders; other files are not meant."""
     path = os.path.abspath(match)
     if os.path.isdir(path):
-        return [_walk(path, _label(path))]
+        return [_walk(path, _label(path), on_error)]
     if not _is_candidate(path):
         return []
-    return [iter([_Entry(path, os.path.basename(os.path.dirname(path)), named=True)])]
+    return [iter([_Entry(path, os.path.basename(os.path.dirname(path)), named=False)])]
 
 
-def _walk_checked(folder: str, source: str) -> Iterator[_Entry]:
+def _walk_checked(folder: str, source: str, on_error: OnError) -> Iterator[_Entry]:
     if not os.access(folder, os.R_OK | os.X_OK):
         raise SourceError(f"cannot read the folder {source}; check its permissions")
-    if next(_walk(folder, ""), None) is None:
+    if next(_walk(folder, "", lambda error: None), None) is None:
         raise SourceError(f"the folder {source} holds no images, videos or .tar shards")
-    return _walk(folder, _label(folder))
+    return _walk(folder, _label(folder), on_error)
 
 
 def _label(folder: str) -> str:
     return os.path.basename(folder) or folder
 
 
-def _walk(folder: str, label: str) -> Iterator[_Entry]:
+def _walk(folder: str, label: str, on_error: OnError) -> Iterator[_Entry]:
     """A folder's media and shards, its own before its folders'; links are followed, no folder is entered twice."""
     visited: set[tuple[int, int]] = set()
     pending = [folder]
@@ -148,7 +153,8 @@ def _walk(folder: str, label: str) -> Iterator[_Entry]:
         try:
             stat = os.stat(current)
             names = sorted(os.listdir(current))
-        except OSError:  # gone, or not ours to read: the folder named by the user has been checked before
+        except OSError as error:
+            on_error(MediaError(current, (error.strerror or str(error)).lower()))
             continue
         if (stat.st_dev, stat.st_ino) in visited:
             continue
@@ -210,7 +216,13 @@ def _not_media(header: bytes) -> str:
 
 
 def _from_shard(entry: _Entry, on_error: OnError) -> Iterator[Sample]:
-    members, damage = scan_tar(entry.path)
+    try:
+        members, damage = scan_tar(entry.path)
+    except SourceError as error:
+        if entry.named:
+            raise
+        on_error(MediaError(entry.path, str(error)))
+        return
     if damage is not None:
         on_error(MediaError(entry.path, damage))
     pairs = group(members)

@@ -8,9 +8,11 @@ PNG. All three see the same timeline, built from the packets' own times, so vari
 that does not decode is left out: no other frame and no blank one stands in for it.
 """
 
+import io
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from PIL import Image
 from cots.data import decord_video
 from cots.data.animation import Animation, is_animation
 from cots.data.image_io import MAX_PIXELS, os_reason
-from cots.data.media_kind import HEADER_BYTES
+from cots.data.media_kind import HEADER_BYTES, sniff
 from cots.data.pyav_video import PyAVVideo
 from cots.data.video_info import VideoInfo, shown_size
 from cots.errors import MediaError
@@ -142,9 +144,14 @@ def _decode(
 ) -> dict[int, Image.Image]:
     if isinstance(video, PyAVVideo) and video.intact and not video.mirrored and decord_video.reads(video.container):
         try:
-            return dict(decord_video.decode(source, indices, size, video.info.frames, threads))
+            pictures = dict(decord_video.decode(source, indices, size, video.info.frames, threads))
         except Exception:  # decord raises its own error types, and PyAV reads or names what it cannot
-            pass
+            return dict(video.decode(indices, size))
+        # Where a frame does not decode, decord silently repeats a neighbour; so does a still scene: PyAV decides.
+        repeated = [b for a, b in pairwise(indices) if pictures[a].tobytes() == pictures[b].tobytes()]
+        for index in repeated:
+            del pictures[index]
+        return pictures | dict(video.decode(repeated, size))
     return dict(video.decode(indices, size))
 
 
@@ -154,6 +161,11 @@ def _open(source: str | Path | bytes, name: str, threads: int, max_pixels: int) 
         raise MediaError(name, "the file is empty (0 bytes)")
     if is_animation(header):
         return Animation(source, name, max_pixels)
+    # FFmpeg would also follow playlists, which name other files and addresses.
+    kind = sniff(header, "", io.BytesIO)
+    if kind != "video":
+        what = "a still image, not a video" if kind else "not a video in a format that is known here"
+        raise MediaError(name, what)
     return PyAVVideo(source, name, max_pixels, threads)
 
 
