@@ -3,7 +3,6 @@
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,7 +22,7 @@ def is_animation(header: bytes) -> bool:
 
 
 class Animation:
-    """An animated picture; `starts` and `decode` as in PyAVVideo.
+    """An animated picture; `info`, `starts` and `decode` as in PyAVVideo.
 
     Raises:
         MediaError: no frame decodes, or a frame has more than `max_pixels`.
@@ -31,13 +30,8 @@ class Animation:
 
     def __init__(self, source: str | Path | bytes, name: str, max_pixels: int) -> None:
         self._file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
-        self._name = name
         try:
-            self._image: Any = Image.open(self._file, formats=_FORMATS)
-            if self._image.width * self._image.height > max_pixels:
-                size = f"{self._image.width} x {self._image.height}"
-                raise MediaError(name, f"{size} pixels a frame is more than the limit of {max_pixels:,} pixels")
-            lengths = self._lengths()
+            lengths, size = self._scan(name, max_pixels)
         except MediaError:
             self.close()
             raise
@@ -46,30 +40,41 @@ class Animation:
             self.close()
             raise MediaError(name, reason) from error
         ends = np.cumsum(lengths) / 1000.0
-        self.starts = np.concatenate([[0.0], ends[:-1]])
         duration = float(ends[-1])
-        self.info = VideoInfo(duration, len(lengths) / duration, self._image.width, self._image.height, len(lengths))
+        self.starts = np.concatenate([[0.0], ends[:-1]])
+        self.info = VideoInfo(duration, len(lengths) / duration, *size, len(lengths))
 
-    def _lengths(self) -> list[float]:
-        """Milliseconds of each frame that decodes; the frames after a damaged one are lost with it."""
+    def _scan(self, name: str, max_pixels: int) -> tuple[list[float], tuple[int, int]]:
+        """Milliseconds of each frame that decodes, and (width, height); frames after a damaged one are lost with it."""
+        image = self._open()
+        width, height = size = image.size
+        if width * height > max_pixels:
+            raise MediaError(name, f"{width} x {height} pixels a frame is more than the limit of {max_pixels:,} pixels")
         lengths: list[float] = []
         while True:
             try:
-                self._image.seek(len(lengths))
-                self._image.load()
+                image.seek(len(lengths))
+                if image.size != size:  # a damaged GIF's frame can lie far outside the picture, which Pillow enlarges
+                    break
+                image.load()
             except Exception:  # past the last frame, or damaged
                 if not lengths:
                     raise
                 break
-            length = float(self._image.info.get("duration") or 0)
+            length = float(image.info.get("duration") or 0)
             lengths.append(length if length >= _SHORTEST else _USUAL)
-        return lengths
+        return lengths, size
+
+    def _open(self) -> Image.Image:
+        self._file.seek(0)
+        return Image.open(self._file, formats=_FORMATS)
 
     def decode(self, indices: Sequence[int], size: tuple[int, int]) -> Iterator[tuple[int, Image.Image]]:
         """The frames of ascending `indices`, each scaled to (width, height)."""
+        image = self._open()  # anew: where the scan met damage, its reader cannot go back
         for i in indices:
-            self._image.seek(i)
-            frame = to_rgb(self._image)
+            image.seek(i)
+            frame = to_rgb(image)
             frame.info.clear()
             yield i, frame if frame.size == size else frame.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
 

@@ -28,6 +28,9 @@ _UPRIGHT = {
 # MAX_PIXELS is checked before every decode, so Pillow's own lower threshold would only print a line about pictures that
 # are wanted.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings(
+    "ignore", category=UserWarning, module=r"PIL\."
+)  # "Corrupt EXIF data": damage is reported by name
 
 
 def open_image(
@@ -155,4 +158,4 @@ def describe_damage(error: Exception, file: Any) -> str:
         return "not an image in a format that Pillow reads, or its header is damaged"
     if "truncated" in str(error).lower():
         return "the image is truncated: the file ends before its pixels do"
-    return f"the image is damaged ({error or type(error).__name__})"
+    return f"the image is damaged or truncated ({str(error) or type(error).__name__})"

@@ -61,7 +61,7 @@ class PyAVVideo:
             import av
         except ImportError as error:
             raise MissingDependency("av (PyAV)", "pip install 'cots[cpu]'") from error
-        self._errors = (av.FFmpegError, OSError, ValueError)
+        self._errors = (av.FFmpegError, OSError, ValueError, IndexError)
         self._source = source
         self._name = name
         self._max_pixels = max_pixels
@@ -105,6 +105,7 @@ class PyAVVideo:
         if context.width * context.height > self._max_pixels:
             size = f"{context.width} x {context.height}"
             raise MediaError(self._name, f"{size} pixels a frame is more than the limit of {self._max_pixels:,} pixels")
+        context.options = {"max_pixels": str(self._max_pixels)}  # the stream itself may claim more than the container
         context.thread_count = self._threads
         context.thread_type = "AUTO" if self._threads > 1 else "NONE"
         return stream

@@ -20,13 +20,15 @@ from PIL import Image
 
 from cots.data import decord_video
 from cots.data.animation import Animation, is_animation
-from cots.data.image_io import MAX_PIXELS, os_reason
+from cots.data.image_io import os_reason
 from cots.data.media_kind import HEADER_BYTES, sniff
 from cots.data.pyav_video import PyAVVideo
 from cots.data.video_info import VideoInfo, shown_size
 from cots.errors import MediaError
 
 __all__ = ["Frames", "VideoInfo", "probe", "read_frames", "sample_times"]
+
+MAX_FRAME_PIXELS = 40_000_000  # 8K video has 33 million; a decoder holds up to 16 frames
 
 
 @dataclass
@@ -57,7 +59,7 @@ def read_frames(
     short_side: int | None = None,
     name: str = "",
     threads: int = 1,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int = MAX_FRAME_PIXELS,
 ) -> Frames:
     """Decode the frames at some times of a video. Exactly one of `times`, `count` and `interval` is given.
 
@@ -96,7 +98,7 @@ def read_frames(
         return Frames([picture for _, picture in kept], [time for time, _ in kept], duration, video.info)
 
 
-def probe(path: str | Path | bytes, *, name: str = "", max_pixels: int = MAX_PIXELS) -> VideoInfo:
+def probe(path: str | Path | bytes, *, name: str = "", max_pixels: int = MAX_FRAME_PIXELS) -> VideoInfo:
     """Duration, frame rate, size and number of frames, after decoding one of them.
 
     Raises:

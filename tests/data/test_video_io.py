@@ -201,6 +201,17 @@ def test_truncated_animation_gives_its_whole_frames(encode: Callable[..., bytes]
     assert frames.info.frames < 10
 
 
+def test_animation_whose_frame_lies_outside_the_picture(encode: Callable[..., bytes]) -> None:
+    content = bytearray(animation(encode, "GIF", duration=100))
+    frame = content.index(b"\x2c", len(content) // 2)  # an image descriptor: left, top, width, height follow
+    while content[frame - 1] or content[frame + 2] or content[frame + 4]:
+        frame = content.index(b"\x2c", frame + 1)
+    content[frame + 1 : frame + 9] = b"\xff" * 8
+    frames = read_frames(bytes(content), count=3)
+    assert frames.images[0].size == (128, 96)
+    assert frames.info.frames < 10
+
+
 def reason(source: str | Path | bytes, **options: int) -> str:
     with pytest.raises(MediaError) as caught:
         read_frames(source, **(options or {"count": 4}))
@@ -339,3 +350,32 @@ def test_interval_times_stay_in_the_video_and_the_bounds(
     assert np.allclose(steps, steps[0] if len(steps) else 0)
     if least < len(times) < most and len(times) > 1:
         assert np.allclose(steps, interval)
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG"])
+def test_random_damage_to_animations_raises_nothing_else(image_format: str, encode: Callable[..., bytes]) -> None:
+    content = animation(encode, image_format, duration=100)
+    generator = np.random.default_rng(11)
+    for _ in range(60):
+        damaged = bytearray(content)
+        start = int(generator.integers(0, len(content)))
+        damaged[start : start + 40] = generator.bytes(len(damaged[start : start + 40]))
+        try:
+            assert read_frames(bytes(damaged), count=4, max_pixels=1_000_000).images
+        except MediaError:
+            continue
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
+def test_random_damage_to_videos_raises_nothing_else(name: str, tmp_path: Path) -> None:
+    content = write_video(tmp_path / name).read_bytes()
+    generator = np.random.default_rng(12)
+    for _ in range(60):
+        damaged = bytearray(content)
+        for _ in range(3):
+            start = int(generator.integers(0, len(content)))
+            damaged[start : start + 20] = generator.bytes(len(damaged[start : start + 20]))
+        try:
+            assert read_frames(bytes(damaged), count=4, max_pixels=1_000_000).images
+        except MediaError:
+            continue
