@@ -129,10 +129,17 @@ def build_app(engine: "Engine") -> "FastAPI":
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
         body_background_fill="#fbfbf9", body_background_fill_dark="#121314", body_text_color="#17191b"
     )
-    return gr.mount_gradio_app(
-        app, build_page(engine), path="/", head=HEAD, theme=theme, footer_links=[], run_history=False, ssr_mode=False,
+    blocks = build_page(engine)
+    app = gr.mount_gradio_app(
+        app, blocks, path="/", head=HEAD, theme=theme, footer_links=[], run_history=False, ssr_mode=False,
         favicon_path=str(STATIC / "favicon.png"), max_file_size="64mb",
     )  # fmt: skip
+    # Without this Gradio takes any file of the server for an upload: it checks only apps that it launched itself.
+    blocks.has_launched = True
+    # Under the default, sse_v3, gradio_client takes every dict with a "path" for a file of the server, downloads it and
+    # puts the copy's name in its place: a hit would lose its score. Under sse_v2.1 only files marked as such are files.
+    blocks.config["protocol"] = "sse_v2.1"
+    return app
 
 
 class Enclosure:

@@ -66,7 +66,7 @@ def media_routes(engine: Engine) -> APIRouter:
         try:
             return {"token": await run_in_threadpool(engine.keep_picture, bytes(content))}
         except MediaError as error:
-            raise HTTPException(415, f"{error.reason}.") from error
+            raise HTTPException(415, f"{error.reason}; choose another picture.") from error
 
     @router.get("/query-picture/{token}")
     def show(token: str) -> Response:

@@ -7,6 +7,7 @@ from string import Template
 from typing import Any, Literal
 
 import gradio as gr
+from gradio_client.utils import is_http_url_like
 from pydantic import BaseModel, Field, ValidationError
 
 from cots.data.image_io import open_image
@@ -16,7 +17,7 @@ from demo.engine import PICTURE_SIDE, Engine, Shelf
 from index.search import SearchResult
 
 STATIC = Path(__file__).parent / "static"
-STEP = 24
+STEP = 30
 MOST = 20 * STEP
 EXAMPLES = (
     "a dog running through water",
@@ -31,7 +32,6 @@ HEAD = (
     '<link rel="stylesheet" href="page/page.css"><link rel="stylesheet" href="page/results.css">'
     '<meta name="color-scheme" content="light dark">'
 )
-_SLOTS = ("sources", "cards", "timing", "message", "hide_message", "hide_further", "hide_sources")
 log = logging.getLogger(__name__)
 
 
@@ -56,6 +56,17 @@ class Ask(BaseModel):
     @property
     def searches(self) -> bool:
         return bool(self.text.strip() or self.picture or self.like != "")
+
+
+class Upload(gr.File):
+    """A file that came with the request. Gradio would also fetch one from an address that the request names."""
+
+    is_template = True  # shown by Gradio's own component
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
+        if is_http_url_like(str(url_or_file_path)):
+            raise gr.Error("Upload the picture: nothing is fetched from other machines.", print_exception=False)
+        return await super().async_move_resource_to_block_cache(url_or_file_path)
 
 
 def build_page(engine: Engine) -> gr.Blocks:
@@ -85,7 +96,7 @@ def build_page(engine: Engine) -> gr.Blocks:
 
     with gr.Blocks(analytics_enabled=False, title="COTS: image and video search", fill_width=True) as blocks:
         gr.HTML(
-            value=lambda: render(engine),
+            value=_markup(),
             apply_default_css=False,
             js_on_load="\n".join((STATIC / name).read_text(encoding="utf-8") for name in ("viewer.js", "page.js")),
             server_functions=[find],
@@ -93,7 +104,7 @@ def build_page(engine: Engine) -> gr.Blocks:
         with gr.Row(visible=False):
             parameters = [
                 gr.Textbox(label="text", value=""),
-                gr.File(label="image", type="binary"),
+                Upload(label="image", type="binary"),
                 gr.Textbox(label="without", value=""),
                 gr.Textbox(label="kind: image, video or empty", value=""),
                 gr.Textbox(label="source: a source of the gallery or empty", value=""),
@@ -105,7 +116,8 @@ def build_page(engine: Engine) -> gr.Blocks:
 
 
 def answer(engine: Engine, ask: Ask) -> dict[str, Any]:
-    """The reply to one request of the page: HTML of cards and timing line, and whether there is more to show.
+    """The reply to one request of the page: HTML of cards and timing line, whether there is more to show, and facts
+    about the gallery, which may have changed since the page was opened. Who asks for nothing gets a sampling.
 
     Raises:
         CotsError: a sentence for the visitor.
@@ -115,7 +127,7 @@ def answer(engine: Engine, ask: Ask) -> dict[str, Any]:
         if ask.without.strip():
             raise CotsError("“Without” takes away from a search; type a few words, or drop in a picture, too.")
         hits = shelf.sample(ask.kind, ask.source, ask.skip, ask.k - ask.skip + 1)
-        timing = stock(shelf, engine.model.name)
+        timing = sampling(engine.model.name)
     else:
         picture = engine.picture(ask.picture) if ask.picture else None
         like = None if ask.like == "" else ask.like
@@ -129,11 +141,13 @@ def answer(engine: Engine, ask: Ask) -> dict[str, Any]:
         "cards": cards(hits[:wanted], shelf.mark, scored=ask.searches),
         "timing": timing,
         "more": len(hits) > wanted and ask.k < MOST,
+        "introduction": f"{holdings(shelf)}, searched by what they show. Nothing leaves this machine.",
+        "sources": list(shelf.sources),
     }
 
 
 def nothing_found(ask: Ask) -> str:
-    kinds = {"": "Nothing", "image": "No photo", "video": "No video"}[ask.kind]
+    kinds = {"": "Nothing", "image": "No picture", "video": "No video"}[ask.kind]
     if ask.source:
         return f"{kinds} from {ask.source} matches; choose another kind or source."
     if ask.kind:
@@ -142,42 +156,33 @@ def nothing_found(ask: Ask) -> str:
 
 
 def times(result: SearchResult, shelf: Shelf) -> str:
+    """The timing line: what was searched, how long each part took, and with which model."""
     took = result.took_ms
-    return (
-        f"<b>{shelf.items:,}</b> items · encoding <b>{_ms(took['encode'])}</b> · search <b>{_ms(took['search'])}</b> · "
-        f"fetching <b>{_ms(took['fetch'])}</b> · {escape(PurePath(result.model).name)}"
-    )
+    parts = {"encoding": _ms(took["encode"]), "search": _ms(took["search"]), "fetching": _ms(took["fetch"])}
+    line = [f"<b>{shelf.items:,}</b> item{'s' * (shelf.items != 1)}"]
+    line += [f"{name} <b>{duration}</b>" for name, duration in parts.items()]
+    return _joined([*line, escape(PurePath(result.model).name)])
 
 
-def stock(shelf: Shelf, model: str) -> str:
-    return f"{holdings(shelf)} · {escape(PurePath(model).name)}"
+def sampling(model: str) -> str:
+    return _joined(["A sampling", f"model {escape(PurePath(model).name)}"])
 
 
 def holdings(shelf: Shelf) -> str:
     """What the gallery holds, in words."""
-    photos = f"{shelf.images:,} picture{'s' * (shelf.images != 1)}"
-    videos = f"{shelf.videos:,} clip{'s' * (shelf.videos != 1)}"
-    return " and ".join(part for part, count in ((photos, shelf.images), (videos, shelf.videos)) if count)
+    pictures = f"{shelf.images:,} picture{'s' * (shelf.images != 1)}"
+    videos = f"{shelf.videos:,} video{'s' * (shelf.videos != 1)}"
+    return " and ".join(part for part, count in ((pictures, shelf.images), (videos, shelf.videos)) if count)
 
 
-def render(engine: Engine) -> str:
-    """The page before the first search: a sampling of the gallery, or the sentence that says why there is none."""
-    values = dict.fromkeys(_SLOTS, "")
-    values["examples"] = "".join(f'<li><button type="button">{escape(example)}</button></li>' for example in EXAMPLES)
-    try:
-        shelf = engine.shelf
-    except CotsError as error:
-        values |= {"message": escape(str(error)), "hide_further": " hidden", "hide_sources": " hidden"}
-        values["introduction"] = "Pictures and moments of video, found by what they show."
-    else:
-        first = shelf.sample("", "", 0, STEP)
-        values |= {"cards": cards(first, shelf.mark, scored=False), "hide_message": " hidden"}
-        values["timing"] = stock(shelf, engine.model.name)
-        values["introduction"] = f"{holdings(shelf)}, searched by what they show. Nothing leaves this machine."
-        values["hide_further"] = "" if shelf.items > STEP else " hidden"
-        values["hide_sources"] = "" if len(shelf.sources) > 1 else " hidden"
-        values["sources"] = "".join(f'<option value="{escape(name)}">{escape(name)}</option>' for name in shelf.sources)
-    return Template((STATIC / "page.html").read_text(encoding="utf-8")).substitute(values)
+def _markup() -> str:
+    examples = "".join(f'<li><button type="button">{escape(example)}</button></li>' for example in EXAMPLES)
+    return Template((STATIC / "page.html").read_text(encoding="utf-8")).substitute(examples=examples)
+
+
+def _joined(parts: list[str]) -> str:
+    """Parts of a line that may break between them, but not inside one."""
+    return " · ".join(f"<span>{part}</span>" for part in parts)
 
 
 def _ms(milliseconds: float) -> str:

@@ -1,5 +1,5 @@
-// The search form, its address and the list of results. Runs inside gr.HTML's js_on_load after viewer.js: `element` is the component's
-// element, `server.find` calls demo.page.Page.find, `openViewer`, `preparePlayback` and `toast` come from viewer.js.
+// The search form, its address and the results. Runs inside gr.HTML's js_on_load after viewer.js: `element` is the
+// component's element, `server.find` the function `find` of demo/page.py.
 
 const page = element.querySelector(".cots");
 const find = (selector) => page.querySelector(selector);
@@ -7,12 +7,13 @@ const form = find(".search");
 const grid = find(".grid");
 const message = find(".message");
 const further = find(".further");
+const timing = find(".timing");
+const introduction = find(".hero p");
 const token = find(".token");
 const text = form.elements.text;
 const without = find("[name=without]");
 const source = find("[name=source]");
-const STEP = 24;
-const start = { cards: grid.innerHTML, timing: find(".timing").innerHTML, message: message.innerHTML, further: !further.hidden };
+const STEP = 30;
 let picture = null; // {token, address}: a picture that the server holds for this search
 let like = null; // {id, address}: a result whose neighbours are asked for
 let turn = 0; // number of the latest request; the reply to an older one is dropped
@@ -23,10 +24,6 @@ function kind() {
 
 function asked() {
   return Boolean(text.value.trim() || picture || like);
-}
-
-function filtered() {
-  return Boolean(kind() || source.value || without.value.trim());
 }
 
 // --- the picture in the search box: a dropped, chosen or pasted file, or a result ---
@@ -53,13 +50,13 @@ async function takePicture(file) {
     const response = await fetch("query-picture", { method: "POST", body: file });
     const reply = await response.json();
     if (mine !== turn) return;
-    if (!response.ok) return say(`${file.name || "The pasted data"}: ${reply.detail}`);
+    if (!response.ok) return say(`${file.name || "The pasted data"}: ${reply.detail}`, false);
     like = null;
     picture = { token: reply.token, address: `query-picture/${reply.token}` };
     showToken(picture.address, file.name || "Pasted picture");
     await run();
-  } catch (error) {
-    say(LOST);
+  } catch {
+    if (mine === turn) say(LOST);
   } finally {
     if (mine === turn) delete page.dataset.busy;
   }
@@ -68,14 +65,17 @@ async function takePicture(file) {
 // --- asking and showing ---
 
 const LOST = "The page does not reach its server any more. Start it again with cots demo, then reload.";
+const title = document.title;
 
-function say(sentence) {
-  page.dataset.view = "results";
+// A sentence over what is on the page, or instead of it.
+function say(sentence, instead = true) {
   message.textContent = sentence;
   message.hidden = false;
+  window.scrollTo({ top: 0 });
+  if (!instead) return;
   grid.replaceChildren();
   further.hidden = true;
-  find(".timing").replaceChildren();
+  timing.replaceChildren();
 }
 
 function address() {
@@ -84,16 +84,13 @@ function address() {
   return query.size ? `?${query}` : location.pathname;
 }
 
+// What the form asks for; with nothing in it, a sampling of the gallery.
 async function run({ remember = true, append = false } = {}) {
   const mine = ++turn;
   const shown = append ? grid.children.length : 0;
-  if (!asked() && !filtered()) {
-    if (remember) history.pushState(null, "", address());
-    return showStart();
-  }
   if (remember && !append) history.pushState(null, "", address());
   page.dataset.busy = "";
-  page.dataset.view = asked() ? "results" : page.dataset.view;
+  page.dataset.view = asked() ? "results" : "start";
   markRefined();
   try {
     const reply = await server.find({
@@ -101,7 +98,7 @@ async function run({ remember = true, append = false } = {}) {
       picture: picture?.token ?? "", like: like?.id ?? "", skip: shown, k: shown + STEP,
     });
     if (mine === turn) show(reply, append);
-  } catch (error) {
+  } catch {
     if (mine === turn) say(LOST);
   } finally {
     if (mine === turn) delete page.dataset.busy;
@@ -115,26 +112,26 @@ function show(reply, append) {
   else grid.innerHTML = reply.cards;
   message.hidden = true;
   further.hidden = !reply.more;
-  if (!append) find(".timing").innerHTML = reply.timing;
+  introduction.textContent = reply.introduction;
+  if (!append) timing.innerHTML = reply.timing;
+  offerSources(reply.sources);
   preparePlayback(grid);
   if (append) grid.children[first]?.querySelector(".tile").focus({ preventScroll: true });
   else if (page.dataset.view === "results") window.scrollTo({ top: 0 });
 }
 
-function showStart() {
-  page.dataset.view = "start";
-  delete page.dataset.busy;
-  grid.innerHTML = start.cards;
-  find(".timing").innerHTML = start.timing;
-  message.innerHTML = start.message;
-  message.hidden = !start.message;
-  further.hidden = !start.further;
-  markRefined();
-  preparePlayback(grid);
+function offerSources(names) {
+  const chosen = source.value;
+  source.replaceChildren(new Option("Any", ""), ...names.map((name) => new Option(name)));
+  source.value = names.includes(chosen) ? chosen : "";
+  find(".sources").hidden = names.length < 2;
 }
 
 function markRefined() {
-  find(".refine").toggleAttribute("data-active", Boolean(source.value || without.value.trim()));
+  const refined = Boolean(source.value || without.value.trim());
+  find(".refine").toggleAttribute("data-active", refined);
+  find(".clear").hidden = !refined;
+  document.title = asked() ? `${text.value.trim() || "A picture"} · COTS` : title;
 }
 
 function moreLikeThis(card) {
@@ -150,8 +147,10 @@ function moreLikeThis(card) {
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   if (!asked()) {
-    turn++;
-    say("Type a few words, or drop in a picture, to search.");
+    turn++; // what is still on its way would overwrite the sentence
+    delete page.dataset.busy;
+    text.value = "";
+    say("Type a few words, or drop in a picture, to search.", false);
     return text.focus();
   }
   if (touches) text.blur();
@@ -259,17 +258,17 @@ function readAddress() {
   const query = new URLSearchParams(location.search);
   text.value = query.get("q") ?? "";
   without.value = query.get("without") ?? "";
-  source.value = query.get("source") ?? "";
+  const name = query.get("source") ?? "";
+  if (name) source.add(new Option(name)); // the gallery's sources come with the reply
+  source.value = name;
   (find(`[name=cots-kind][value="${CSS.escape(query.get("kind") ?? "")}"]`) ?? find("[name=cots-kind]")).checked = true;
   dropToken();
   if (query.get("like")) {
     like = { id: query.get("like"), address: `thumb/${encodeURIComponent(query.get("like"))}` };
     showToken(like.address, "Like this");
   }
-  if (asked() || filtered()) run({ remember: false });
-  else showStart();
+  run({ remember: false });
 }
 window.addEventListener("popstate", readAddress);
-preparePlayback(grid);
-if (location.search) readAddress();
+readAddress();
 if (!touches) text.focus({ preventScroll: true });

@@ -137,6 +137,7 @@ function row(name, value, copies) {
   holder.textContent = value;
   if (copies) Object.assign(holder, { type: "button", title: "Copy the path", onclick: () => copyPath(holder, value) });
   const group = document.createElement("div");
+  group.classList.toggle("copies", Boolean(copies));
   group.append(term, detail);
   return [group];
 }
