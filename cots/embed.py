@@ -36,6 +36,8 @@ FRAME_SECONDS = 1.0
 MIN_FRAMES = 4
 MAX_FRAMES = 600
 MOMENT_SECONDS = 4.0
+IMAGES_PER_THREAD = 4
+DECODED_AHEAD = 16
 ENOUGH_TO_JUDGE = 20
 
 
@@ -111,7 +113,7 @@ def embed(
     model: RetrievalModel,
     *,
     on_error: Callable[[MediaError], None],
-    batch_size: int = 32,
+    batch_size: int | None = None,
     workers: int | None = None,
     max_bad_share: float = 1.0,
     total: int | None = None,
@@ -123,7 +125,8 @@ def embed(
         samples: what to embed; read only as far ahead as the decoders are.
         model: encodes the pictures.
         on_error: called with each sample that cannot be read, in order.
-        batch_size: pictures that the model encodes at once.
+        batch_size: pictures that the model encodes at once. By default 64 on a GPU, 4 a thread on a CPU: more than
+            that and the activations leave the caches.
         workers: decoding threads; by default one a core.
         max_bad_share: the share of unreadable samples (judged from the twentieth on) above which the run stops; 1 never
             stops.
@@ -136,8 +139,10 @@ def embed(
     Raises:
         SourceError: more samples are unreadable than `max_bad_share` allows.
     """
+    batch_size = batch_size or (IMAGES_PER_THREAD * torch.get_num_threads() if model.device.type == "cpu" else 64)
+    workers = workers or _cores()
     started = time.perf_counter()
-    done = failed = 0
+    done = read = failed = 0
     last: MediaError | None = None
 
     def tell() -> None:
@@ -145,24 +150,30 @@ def embed(
             progress(Progress(done, failed, total, time.perf_counter() - started))
 
     def readable() -> Iterator[_Decoded]:
-        nonlocal failed, last
-        for outcome in _decode_ahead(samples, model, workers or _cores(), batch_size):
+        nonlocal read, failed, last
+        for outcome in _decode_ahead(samples, model, workers, batch_size):
             try:
                 decoded = outcome.result()
             except MediaError as error:
                 failed, last = failed + 1, error
                 on_error(error)
                 tell()
-                _judge(failed, done + failed, max_bad_share, error, enough=ENOUGH_TO_JUDGE)
+                _judge(failed, read + failed, max_bad_share, error, enough=ENOUGH_TO_JUDGE)
             else:
+                read += 1
                 yield decoded
 
     for decoded, vectors in _encode(readable(), model, batch_size):
-        done += 1
-        yield _pool(decoded, vectors)
+        embedded = _pool(decoded, vectors)
+        if np.isfinite(embedded.vectors).all():
+            done += 1
+            yield embedded
+        else:
+            failed += 1
+            on_error(MediaError(decoded.sample.path, f"the model {model.name} gives it no finite vector"))
         tell()
     if last is not None:
-        _judge(failed, done + failed, max_bad_share, last, enough=1)
+        _judge(failed, read + failed, max_bad_share, last, enough=1)
 
 
 def content_hash(sample: Sample) -> str:
@@ -258,7 +269,7 @@ def _decode_ahead(
     An image in flight counts 1, a video as many as there are images in flight for each worker: so there are never more
     than about two batches of pictures, or a few videos' frames, in memory.
     """
-    room = 2 * batch_size + workers
+    room = 2 * max(batch_size, DECODED_AHEAD) + workers
     weights = {"image": 1, "video": max(room // (workers + 1), 1)}
     in_flight: deque[tuple[int, Future[_Decoded]]] = deque()
     used = 0

@@ -65,7 +65,7 @@ def build(
     model: "RetrievalModel",
     *,
     prune: bool = False,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     workers: int | None = None,
     max_bad_share: float = 1.0,
     on_error: Callable[[MediaError], None] = lambda error: None,

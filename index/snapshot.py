@@ -57,11 +57,11 @@ class Snapshot:
         return cls(
             version=version,
             rows=rows,
-            ids=rows["id"].to_numpy(),
-            items=rows["item"].to_numpy(),
-            moments=rows["moment"].to_numpy(),
-            videos=pc.equal(rows["kind"], "video").to_numpy(),
-            vectors=vectors.flatten().to_numpy().reshape(len(rows), vectors.type.list_size),
+            ids=_numbers(rows["id"]),
+            items=_numbers(rows["item"]),
+            moments=_flags(rows["moment"]),
+            videos=_flags(pc.match_substring(rows["kind"], "video")),
+            vectors=np.from_dlpack(vectors.flatten()).reshape(len(rows), vectors.type.list_size),
         )
 
     @cached_property
@@ -123,6 +123,15 @@ def _write(folder: Path, version: int, rows: pa.Table) -> None:
 def _map(path: Path) -> pa.Buffer:
     with pa.memory_map(str(path)) as file:
         return file.read_buffer()
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of numbers without a copy. (Arrow imports pandas, if installed, for `to_numpy` and `equal`.)"""
+    return np.from_dlpack(column.combine_chunks())
+
+
+def _flags(column: pa.ChunkedArray) -> np.ndarray:
+    return _numbers(column.cast(pa.uint8())).view(bool)
 
 
 def _checksum(content: pa.Buffer) -> str:
