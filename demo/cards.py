@@ -59,7 +59,8 @@ def short_path(path: str) -> str:
 
 
 def _card(hit: Hit, mark: str, scored: bool) -> str:
-    name = hit.caption or PurePath(hit.path).name
+    caption, _, others = hit.caption.partition("\n")
+    name = caption or PurePath(hit.path).name
     media = f"media/{hit.id}?v={quote(mark)}"
     moment = fragment = ""
     if hit.start is not None and hit.end is not None:
@@ -71,6 +72,7 @@ def _card(hit: Hit, mark: str, scored: bool) -> str:
         "id": hit.id,
         "kind": hit.kind,
         "caption": name,
+        "others": others,
         "path": hit.path,
         "source": hit.source,
         "licence": hit.licence,

@@ -20,12 +20,12 @@ STATIC = Path(__file__).parent / "static"
 STEP = 30
 MOST = 20 * STEP
 EXAMPLES = (
-    "a dog running through water",
-    "children playing outside",
+    "a castle by the water",
+    "a dog running",
     "something sweet to eat",
-    "a person climbing a rock",
-    "flowers",
-    "a red car",
+    "people dancing",
+    "flowers in a vase",
+    "a boat at sunset",
 )
 # Linked from the head rather than given to Gradio as css: fonts are addressed relative to the stylesheet.
 HEAD = (

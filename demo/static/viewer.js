@@ -134,7 +134,8 @@ function row(name, value, copies) {
   term.textContent = name;
   const detail = document.createElement("dd");
   const holder = copies ? detail.appendChild(document.createElement("button")) : detail;
-  holder.textContent = value;
+  if (copies) holder.append(...value.split(/(?<=[/\\])/).flatMap((part) => [part, document.createElement("wbr")]));
+  else holder.textContent = value;
   if (copies) Object.assign(holder, { type: "button", title: "Copy the path", onclick: () => copyPath(holder, value) });
   const group = document.createElement("div");
   group.classList.toggle("copies", Boolean(copies));
@@ -148,6 +149,7 @@ function fillViewer(card) {
   if (about.player) showClip(card);
   else showStill(card);
   viewer.querySelector(".viewer-caption").textContent = about.caption;
+  viewer.querySelector(".viewer-others").textContent = about.others;
   viewer.querySelector("dl").replaceChildren(
     ...row("Best moment", about.moment),
     ...row("Similarity", about.score),

@@ -91,6 +91,12 @@ def test_an_item_without_caption_is_called_by_its_file() -> None:
     assert Elements(cards([hit(caption="")], "v1")).of("img")[0]["alt"] == "beach.jpg"
 
 
+def test_of_several_captions_the_card_shows_the_first_and_the_viewer_the_others() -> None:
+    card = Elements(cards([hit(caption="a beach\nsand and sea\nholiday")], "v1"))
+    assert card.of("img")[0]["alt"] == "a beach"
+    assert card.of("li")[0]["data-others"] == "sand and sea\nholiday"
+
+
 def test_markup_in_captions_paths_and_sources_stays_text() -> None:
     path = f"/a/{INJECTION}.png"
     markup = cards([hit(caption=INJECTION, path=path, source=INJECTION, licence=INJECTION)], "v1")
