@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,13 +96,14 @@ def build(
         on_error(error)
 
     stream = iter_samples(sources, on_error=failed)
+    first = list(islice(stream, 1))  # a source that cannot be used says so here, before a gallery is made
     with writing(gallery_dir) as directory:
         gallery = create_gallery(directory, model)
         fresh = gallery.table.count_rows() == 0
         known = KnownItems(gallery)
         writer = TableWriter(gallery, _reserve_ids(gallery))
         try:
-            wanted = _sort_out(stream, known, writer, report, failed)
+            wanted = _sort_out(chain(first, stream), known, writer, report, failed)
             begun = time.perf_counter()
             embedded = embed(
                 (sample for sample, _ in wanted),

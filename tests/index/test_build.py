@@ -247,11 +247,13 @@ def test_quotes_in_names_are_only_names(tmp_path: Path, tiny_model: RetrievalMod
     assert open_gallery(tmp_path / "gallery").row(1)["path"] == str(path)
 
 
-def test_a_source_without_media_leaves_no_gallery(tmp_path: Path, tiny_model: RetrievalModel) -> None:
+def test_a_source_that_cannot_be_used_leaves_no_gallery(tmp_path: Path, tiny_model: RetrievalModel) -> None:
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(SourceError):
-        build([tmp_path / "nothing"], tmp_path / "gallery", tiny_model)
-    assert not (tmp_path / "gallery").exists()
+    (tmp_path / "table.csv").write_text("title,colour\na,red\n")
+    for source in ("nothing", "table.csv", "missing"):
+        with pytest.raises(SourceError):
+            build([tmp_path / source], tmp_path / "gallery", tiny_model)
+        assert not (tmp_path / "gallery").exists()
 
 
 def test_many_small_builds_are_merged(gallery: Gallery, photos: Path, tiny_model: RetrievalModel) -> None:
