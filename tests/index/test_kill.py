@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from gallery_media import write_animation, write_picture
 
-from cots.errors import GalleryError
 from cots.model.retrieval_model import RetrievalModel
 from index.build import build
 from index.check import check
@@ -17,8 +16,8 @@ from index.gallery import open_gallery
 
 KILLS = 15
 
-# Imports and loads the model once; then forks a build for each line "SECONDS FILE" and kills it after so many seconds. The
-# build commits after every item, so that kills fall into commits, and writes an acknowledgement of each to the file.
+# Imports and loads the model once; then forks a build for each line "SECONDS FILE" and kills it after so many seconds.
+# The build commits after every item, so that kills fall into commits, and writes an acknowledgement of each to the file.
 SERVER = """
 import os, signal, sys, time, warnings
 import lancedb
@@ -69,12 +68,10 @@ def test_killed_builds_lose_and_double_nothing(
             print(random.uniform(0.02, 0.4), acknowledged, file=server.stdin, flush=True)
             killed += server.stdout.readline() == "-9\n"
             count = len(acknowledged.read_bytes()) if acknowledged.exists() else 0
-            try:
-                assert check(gallery, tiny_model) == []
-            except GalleryError as error:
-                assert "is not a gallery" in str(error)  # killed before the first row
-                assert count == stored == 0
+            if not (gallery / "manifest.json").exists():
+                assert count == 0
                 continue
+            assert check(gallery, tiny_model) == []
             held = len(vectors_by_path(gallery))
             if trial <= KILLS // 2:
                 assert held >= stored + count
