@@ -61,6 +61,7 @@ def launch(gallery: str | None = None, host: str = "127.0.0.1", port: int = 7860
         except GalleryError as error:
             print(error, file=sys.stderr)
             print(f"The model {engine.model.name} is ready", end="")
+        engine.warm_up()
         print(f" after {time.perf_counter() - started:.1f} s.")
         print(f"COTS is at {_address(listener)} (Ctrl-C ends it).", flush=True)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)

@@ -4,6 +4,7 @@ import hashlib
 import secrets
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,6 +130,20 @@ class Engine:
                     )
                 self._shelf = Shelf.of(gallery, self.model)
             return self._shelf
+
+    def warm_up(self) -> None:
+        """Spend now what the first queries would wait for: the model's first run, and the loading of SQL filters.
+
+        The filters take seconds to load, and do so in the background.
+        """
+        with self._encoding:
+            self.model.encode_texts(["a photo"])
+
+        def load_filters() -> None:
+            with suppress(CotsError):  # whoever filters gets the sentence
+                self.shelf.searcher.gallery.ids("id < 0")
+
+        threading.Thread(target=load_filters, daemon=True).start()
 
     def search(
         self,
