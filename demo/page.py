@@ -58,15 +58,20 @@ class Ask(BaseModel):
         return bool(self.text.strip() or self.picture or self.like != "")
 
 
-class Upload(gr.File):
-    """A file that came with the request. Gradio would also fetch one from an address that the request names."""
+def upload_only(component: gr.File) -> gr.File:
+    """Have a component take only files that came with the request: Gradio also fetches from addresses that it names.
 
-    is_template = True  # shown by Gradio's own component
+    Set on the object, because Gradio writes a stub file beside the source of every class derived from a component.
+    """
+    keep = component.async_move_resource_to_block_cache
 
-    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
+    async def keep_upload(url_or_file_path: str | Path | None) -> str | None:
         if is_http_url_like(str(url_or_file_path)):
             raise gr.Error("Upload the picture: nothing is fetched from other machines.", print_exception=False)
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
+        return await keep(url_or_file_path)
+
+    component.async_move_resource_to_block_cache = keep_upload  # type: ignore[method-assign]
+    return component
 
 
 def build_page(engine: Engine) -> gr.Blocks:
@@ -104,7 +109,7 @@ def build_page(engine: Engine) -> gr.Blocks:
         with gr.Row(visible=False):
             parameters = [
                 gr.Textbox(label="text", value=""),
-                Upload(label="image", type="binary"),
+                upload_only(gr.File(label="image", type="binary")),
                 gr.Textbox(label="without", value=""),
                 gr.Textbox(label="kind: image, video or empty", value=""),
                 gr.Textbox(label="source: a source of the gallery or empty", value=""),
