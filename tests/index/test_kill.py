@@ -17,7 +17,7 @@ from index.gallery import open_gallery
 KILLS = 15
 
 # Imports and loads the model once; then forks a build for each line "SECONDS FILE" and kills it after so many seconds.
-# The build commits after every item, so that kills fall into commits, and writes an acknowledgement of each to the file.
+# The build commits after every item, so that kills fall into commits, and acknowledges each in the file.
 SERVER = """
 import os, signal, sys, time, warnings
 import lancedb
