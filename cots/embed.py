@@ -15,8 +15,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -31,23 +33,15 @@ from cots.data.samples import Sample
 from cots.data.video_io import read_frames
 from cots.errors import MediaError, SourceError
 from cots.model.retrieval_model import RetrievalModel
+from cots.moments import Moment, pool_video
 
 FRAME_SECONDS = 1.0
 MIN_FRAMES = 4
 MAX_FRAMES = 600
-MOMENT_SECONDS = 4.0
-IMAGES_PER_THREAD = 4
+CPU_BATCH = 8
+GPU_BATCH = 64
 DECODED_AHEAD = 16
 ENOUGH_TO_JUDGE = 20
-
-
-@dataclass(frozen=True)
-class Moment:
-    """A window of a video, in seconds; `frame_time` is the frame nearest to the window's vector."""
-
-    start: float
-    end: float
-    frame_time: float
 
 
 @dataclass(frozen=True)
@@ -125,8 +119,8 @@ def embed(
         samples: what to embed; read only as far ahead as the decoders are.
         model: encodes the pictures.
         on_error: called with each sample that cannot be read, in order.
-        batch_size: pictures that the model encodes at once. By default 64 on a GPU, 4 a thread on a CPU: more than
-            that and the activations leave the caches.
+        batch_size: pictures that the model encodes at once. By default 64 on a GPU and 8 on a CPU, whose caches do
+            not hold the activations of more.
         workers: decoding threads; by default one a core.
         max_bad_share: the share of unreadable samples (judged from the twentieth on) above which the run stops; 1 never
             stops.
@@ -139,7 +133,7 @@ def embed(
     Raises:
         SourceError: more samples are unreadable than `max_bad_share` allows.
     """
-    batch_size = batch_size or (IMAGES_PER_THREAD * torch.get_num_threads() if model.device.type == "cpu" else 64)
+    batch_size = batch_size or (CPU_BATCH if model.device.type == "cpu" else GPU_BATCH)
     workers = workers or _cores()
     started = time.perf_counter()
     done = read = failed = 0
@@ -330,28 +324,64 @@ def _encode(
     """Encode in full batches, whichever samples the frames belong to: (sample, (F, D) float32) in order."""
     waiting: deque[_Decoded] = deque()
     pixels: list[Tensor] = []
-    vectors = np.empty((0, model.dimension), np.float32)
     queued = 0
+    batches: deque[Future[Tensor]] = deque()
+    vectors = np.empty((0, model.dimension), np.float32)
 
-    def encode(size: int) -> Iterator[tuple[_Decoded, np.ndarray]]:
-        nonlocal vectors, queued
+    def take(size: int) -> Tensor:
+        nonlocal queued
         joined = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
         pixels[:] = [joined[size:]]
         queued -= size
-        vectors = np.concatenate([vectors, model.encode_images(joined[:size]).numpy()])
+        return joined[:size]
+
+    def settle() -> Iterator[tuple[_Decoded, np.ndarray]]:
+        nonlocal vectors
+        vectors = np.concatenate([vectors, batches.popleft().result().numpy()])
         while waiting and len(waiting[0].pixels) <= len(vectors):
             ready = waiting.popleft()
             yield ready, vectors[: len(ready.pixels)]
             vectors = vectors[len(ready.pixels) :]
 
-    for sample in decoded:
-        waiting.append(sample)
-        pixels.append(sample.pixels)
-        queued += len(sample.pixels)
-        while queued >= batch_size:
-            yield from encode(batch_size)
-    if queued:
-        yield from encode(queued)
+    with _encoders(model) as (pool, threads):
+        for sample in decoded:
+            waiting.append(sample)
+            pixels.append(sample.pixels)
+            queued += len(sample.pixels)
+            while queued >= batch_size:
+                batches.append(pool.submit(model.encode_images, take(batch_size)))
+                if len(batches) > threads:
+                    yield from settle()
+        if queued:
+            batches.append(pool.submit(model.encode_images, take(queued)))
+        while batches:
+            yield from settle()
+
+
+@contextmanager
+def _encoders(model: RetrievalModel) -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    """Threads that encode, and how many: one for a GPU; on a CPU one a core, each computing alone.
+
+    A small batch on one core stays in its caches and waits for nobody. One batch on all cores waits at the end of every
+    operator for the slowest of them, which is whichever a decoder or another program has just taken.
+    """
+    if model.device.type != "cpu":
+        with ThreadPoolExecutor(1, thread_name_prefix="encode") as pool:
+            yield pool, 1
+        return
+    threads = torch.get_num_threads()
+    started = Barrier(threads + 1)
+
+    def compute_alone() -> None:
+        torch.set_num_threads(1)  # holds for this thread, and for those that first use torch from here on
+        started.wait()
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="encode") as pool:
+        for _ in range(threads):
+            pool.submit(compute_alone)
+        started.wait()
+        torch.set_num_threads(threads)
+        yield pool, threads
 
 
 def _pool(decoded: _Decoded, frames: np.ndarray) -> Embedded:
@@ -363,34 +393,3 @@ def _pool(decoded: _Decoded, frames: np.ndarray) -> Embedded:
     return Embedded(
         decoded.sample, vectors, moments, decoded.content_hash, decoded.width, decoded.height, decoded.duration
     )
-
-
-def pool_video(frames: np.ndarray, times: np.ndarray, duration: float) -> tuple[np.ndarray, tuple[Moment, ...]]:
-    """Pool a video's frames.
-
-    Args:
-        frames: (F, D) float32, unit norm.
-        times: (F,) seconds.
-        duration: seconds.
-
-    Returns:
-        vectors (1 + M, D) float32, unit norm, and the M moments of vectors[1:]: equal windows of about MOMENT_SECONDS,
-        each with at least a frame.
-    """
-    count = min(max(round(duration / MOMENT_SECONDS), 1), len(frames))
-    edges = np.linspace(0.0, duration, count + 1)
-    window = np.clip(np.searchsorted(edges, times, side="right") - 1, 0, count - 1)
-    vectors = [_unit_mean(frames)]
-    moments: list[Moment] = []
-    for index in np.unique(window):
-        inside = np.flatnonzero(window == index)
-        vector = _unit_mean(frames[inside])
-        nearest = inside[np.argmax(frames[inside] @ vector)]
-        vectors.append(vector)
-        moments.append(Moment(float(edges[index]), float(edges[index + 1]), float(times[nearest])))
-    return np.stack(vectors), tuple(moments)
-
-
-def _unit_mean(vectors: np.ndarray) -> np.ndarray:
-    mean = vectors.mean(axis=0)
-    return mean / np.linalg.norm(mean)
