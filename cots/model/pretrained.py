@@ -4,10 +4,9 @@ from pathlib import Path
 
 import torch
 
+from cots.embedded import EMBEDDED_MODEL
 from cots.errors import ModelError
 from cots.model.retrieval_model import CotsModel, RetrievalModel
-
-EMBEDDED = Path(__file__).parent.parent / "assets" / "model"
 
 
 def load_model(name: str = "embedded", device: str | None = None) -> RetrievalModel:
@@ -39,7 +38,7 @@ def model_directory(name: str) -> Path:
         ModelError: there is none.
     """
     if name == "embedded":
-        return EMBEDDED
+        return EMBEDDED_MODEL
     path = Path(name).expanduser()
     for candidate in (path, path / "best"):
         if (candidate / "config.json").is_file():
