@@ -191,6 +191,8 @@ class TrainingConfig(Settings):
     """Arithmetic of the towers; `auto`: bf16 on cuda. Losses are always computed in fp32."""
     compile: bool = False
     """torch.compile the towers."""
+    log_every: int = Field(10, ge=1)
+    """Steps between two rows of the log."""
     validate_every: int = Field(1, ge=0)
     """Epochs between two validations; 0: only at the end."""
     checkpoint_every: int = Field(1, ge=1)

@@ -268,6 +268,7 @@ def training_loader(
         pin_memory=pin_memory,
         prefetch_factor=4 if config.workers else None,
         worker_init_fn=_single_thread,
+        generator=torch.Generator(),  # the global one belongs to the model's dropout: a resumed run must find it as it was
     )
 
 

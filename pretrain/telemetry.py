@@ -10,11 +10,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pretrain.distributed import mean_over_ranks
+
 _SHOWN = ("loss", "temperature", "positive_similarity", "negative_similarity", "pairs_per_second")
 
 
 class Telemetry:
-    """Rows of the log; only the first rank has one that shows or writes anything.
+    """Rows of the log. Every rank counts its steps; values are means over all ranks, and only the first rank shows and writes them.
 
     A training row holds step, epoch, every scalar of the objective, the learning rate factor, the gradient norm, pairs per second (of all ranks),
     the share of the time spent waiting for data, and the peak memory of the device. A validation row holds the recalls.
@@ -50,27 +52,27 @@ class Telemetry:
 
     def step(self, scalars: dict[str, torch.Tensor], waited: float) -> None:
         """Count a step. The values stay on the device until `flush`, so that no step waits for the GPU."""
-        if not self.active:
-            return
         self._counted += 1
         self._waited += waited
         for name, value in scalars.items():
             self._scalars.setdefault(name, []).append(value)
-        self._progress.advance(self._task)
+        if self.active:
+            self._progress.advance(self._task)
 
     def flush(self, step: int, epoch: float, extra: dict[str, Any]) -> dict[str, float]:
-        """Write a row with the means since the last one, and return them."""
-        if not self.active or not self._counted:
-            return {}
-        means = {name: torch.stack(values).float().mean().item() for name, values in self._scalars.items()}
+        """Write a row with the means since the last one, over all ranks, and return them."""
+        names = sorted(self._scalars)
+        values = mean_over_ranks(torch.stack([torch.stack(self._scalars[name]).float().mean() for name in names]))
+        means = dict(zip(names, values.tolist()))
         elapsed = time.perf_counter() - self._since
         means["pairs_per_second"] = self._counted * self.batch_size / elapsed
         means["data_wait"] = self._waited / elapsed
         if torch.cuda.is_available():
             means["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self._write({"step": step, "epoch": round(epoch, 3), **means, **extra})
-        figures = "  ".join(f"{name} {means[name]:.4g}" for name in _SHOWN if name in means)
-        self._progress.update(self._task, figures=figures)
+        if self.active:
+            self._write({"step": step, "epoch": round(epoch, 3), **means, **extra})
+            figures = "  ".join(f"{name} {means[name]:.4g}" for name in _SHOWN if name in means)
+            self._progress.update(self._task, figures=figures)
         self.restart()
         return means
 

@@ -7,6 +7,7 @@ A run directory holds config.yaml, log.jsonl (see telemetry.py), checkpoints/ (t
 validation). A run goes on where it stopped with training.resume=true.
 """
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from cots.objectives.collaborative import CollaborativeObjective
 from cots.objectives.contrastive import PairFeatures
 from cots.objectives.gathering import gather
 from pretrain.checkpoint import latest_checkpoint, random_state, read_checkpoint, restore_random_state, save_checkpoint
-from pretrain.distributed import Ranks, mean_over_ranks, process_group
+from pretrain.distributed import Ranks, process_group
 from pretrain.loader import Batch, open_source, steps_per_epoch, training_loader
 from pretrain.model_card import model_card
 from pretrain.momentum import MovingAverage
@@ -33,8 +34,6 @@ from pretrain.optimizer import create_optimizer, rate_factor, set_rates
 from pretrain.start import starting_encoder, starting_tokenizer
 from pretrain.telemetry import Telemetry
 from pretrain.validation import Validation, criterion
-
-_LOG_EVERY = 10
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -65,7 +64,6 @@ class Run:
         self.directory = Path(training.output)
         checkpoint = _prepare_directory(self.directory, config, ranks)
 
-        torch.backends.cudnn.benchmark = self.device.type == "cuda"
         torch.manual_seed(training.seed)  # the same weights on every rank
         self.tokenizer: WordPieceTokenizer = starting_tokenizer(config)
         self.encoder: DualEncoder = starting_encoder(config, self.tokenizer)
@@ -130,7 +128,7 @@ class Run:
             self.telemetry.step(scalars, waited)
             self.step += 1
             last = self.step == self.steps
-            if self.step % _LOG_EVERY == 0 or last or self.step % self.epoch_steps == 0:
+            if self.step % training.log_every == 0 or last or self.step % self.epoch_steps == 0:
                 self._log()
             if self._due(training.validate_every) or last:
                 self._validate()
@@ -182,16 +180,15 @@ class Run:
     def _log(self) -> None:
         factor = rate_factor(self.step - 1, self.steps, self.config.optimizer)
         means = self.telemetry.flush(self.step, self.step / self.epoch_steps, {"rate_factor": factor})
-        loss = torch.tensor(means.get("loss", 0.0), device=self.device)
-        if not torch.isfinite(mean_over_ranks(loss)):
-            raise TrainingError(f"The loss is no longer a number at step {self.step}; lower the learning rate or the clip_norm.")
+        if not math.isfinite(means["loss"]):
+            raise TrainingError(f"The loss is no longer a number at step {self.step}; lower the learning rate or set optimizer.clip_norm.")
 
     def _validate(self) -> None:
         if self.validation is None or not self.config.data.validation:
             return
         network = self.encoder if self.average is None else self.average.network
         network.eval()
-        results = self.validation.measure(network, self.device, self.dtype)
+        results = self.validation.measure(network, self.device)
         self.encoder.train()
         score, epoch = criterion(results), self.step / self.epoch_steps
         self.telemetry.validation(self.step, epoch, results)

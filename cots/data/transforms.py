@@ -52,31 +52,30 @@ class TrainingTransform:
     """PIL RGB and its caption -> ((3, S, S) uint8, caption), both augmented with torch's global generator."""
 
     def __init__(self, size: int, config: AugmentationConfig) -> None:
-        self._crop = v2.RandomResizedCrop(
+        crop = v2.RandomResizedCrop(
             size, config.crop_scale, config.crop_ratio, interpolation=InterpolationMode.BICUBIC, antialias=True
         )
-        self._extra: list[v2.Transform] = []
+        self._on_picture: list[v2.Transform] = [crop]
         if config.rand_augment:
-            self._extra.append(
-                v2.RandAugment(
-                    config.rand_augment,
-                    config.rand_augment_magnitude,
-                    interpolation=InterpolationMode.BILINEAR,
-                    fill=128,
-                )
+            bilinear = InterpolationMode.BILINEAR
+            self._on_picture.append(
+                v2.RandAugment(config.rand_augment, config.rand_augment_magnitude, interpolation=bilinear, fill=128)
             )
         if config.grayscale:
-            self._extra.append(v2.RandomGrayscale(config.grayscale))
+            self._on_picture.append(v2.RandomGrayscale(config.grayscale))
+        self._on_pixels: list[v2.Transform] = []
         if config.erase:
-            self._extra.append(v2.RandomErasing(config.erase, scale=(0.02, 0.2), value=128))
+            self._on_pixels.append(v2.RandomErasing(config.erase, scale=(0.02, 0.2), value=128))
         self._flip = config.flip
         self._drop_words = config.drop_words
 
     def __call__(self, image: Image.Image, captions: list[str]) -> tuple[Tensor, list[str]]:
-        pixels = F.pil_to_tensor(self._crop(image))
+        for transform in self._on_picture:
+            image = transform(image)
+        pixels = F.pil_to_tensor(image)
         if torch.rand(()) < self._flip and not any(_SIDED.search(caption) for caption in captions):
             pixels = F.horizontal_flip(pixels)
-        for transform in self._extra:
+        for transform in self._on_pixels:
             pixels = transform(pixels)
         return pixels, [self._thin(caption) for caption in captions]
 

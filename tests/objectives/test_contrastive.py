@@ -1,0 +1,120 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from cots.config import ContrastiveConfig, ObjectiveConfig
+from cots.objectives.collaborative import CollaborativeObjective
+from cots.objectives.contrastive import MomentumContrastive, PairFeatures, info_nce
+from cots.objectives.feature_queue import FeatureQueue
+
+D = 8
+
+
+def _unit(*shape: int) -> torch.Tensor:
+    return F.normalize(torch.randn(*shape), dim=-1)
+
+
+def _batch(item_ids: list[int]) -> PairFeatures:
+    count = len(item_ids)
+    ids = torch.tensor(item_ids)
+    return PairFeatures(
+        _unit(count, D).requires_grad_(), _unit(count, D).requires_grad_(), ids, _unit(count, D), _unit(count, D), ids
+    )
+
+
+def _naive_losses(batch: PairFeatures, queue: FeatureQueue, temperature: float, in_batch: str) -> list[float]:
+    """The definition, pair by pair and candidate by candidate."""
+    losses = []
+    for i, item in enumerate(batch.item_ids.tolist()):
+        loss = 0.0
+        for anchor, momentum, online, rows in (
+            (batch.image[i], batch.text_momentum, batch.text, queue.text),
+            (batch.text[i], batch.image_momentum, batch.image, queue.image),
+        ):
+            others = online if in_batch == "online" else momentum
+            candidates = [others[i]]
+            if in_batch != "none":
+                candidates += [others[j] for j, other in enumerate(batch.item_ids.tolist()) if other != item]
+            filled = range(int(queue.fill))
+            candidates += [rows[j] for j in filled if queue.item_ids[j].item() != item]
+            scores = [float(anchor @ candidate) / temperature for candidate in candidates]
+            loss += math.log(sum(math.exp(score) for score in scores)) - scores[0]
+        losses.append(loss / 2)
+    return losses
+
+
+@pytest.mark.parametrize("in_batch", ["none", "momentum", "online"])
+def test_the_loss_equals_its_definition(in_batch: str) -> None:
+    queue = FeatureQueue(7, D)
+    queue.enqueue(_unit(5, D), _unit(5, D), torch.tensor([1, 2, 3, 3, 8]))
+    batch = _batch([3, 4, 4, 9])
+    config = ContrastiveConfig(in_batch=in_batch)
+    output = MomentumContrastive(config)(batch, queue, torch.tensor(0.1))
+    assert output.losses.tolist() == pytest.approx(_naive_losses(batch, queue, 0.1, in_batch), rel=1e-4)
+
+
+def test_only_online_features_get_gradient() -> None:
+    queue = FeatureQueue(7, D)
+    queue.enqueue(_unit(5, D), _unit(5, D), torch.arange(5))
+    batch = _batch([10, 11, 12])
+    MomentumContrastive(ContrastiveConfig(in_batch="momentum"))(batch, queue, torch.tensor(0.1)).losses.sum().backward()
+    assert batch.image.grad is not None
+    assert batch.text.grad is not None
+    assert not batch.image_momentum.requires_grad
+    assert not queue.image.requires_grad
+
+
+def test_without_negatives_the_loss_is_zero_and_finite() -> None:
+    batch = _batch([1, 2])
+    output = MomentumContrastive(ContrastiveConfig())(batch, FeatureQueue(4, D), torch.tensor(0.05))
+    assert output.losses.tolist() == [0.0, 0.0]
+    output.losses.sum().backward()
+    assert torch.isfinite(batch.image.grad).all()
+
+
+def test_random_rows_of_an_unfilled_queue_do_not_act_as_negatives() -> None:
+    batch = _batch([1, 2])
+    queue = FeatureQueue(64, D)
+    queue.enqueue(_unit(3, D), _unit(3, D), torch.tensor([7, 8, 9]))
+    loss = MomentumContrastive(ContrastiveConfig())(batch, queue, torch.tensor(0.1)).losses
+    queue.image[3:], queue.text[3:] = _unit(61, D), _unit(61, D)
+    assert torch.equal(MomentumContrastive(ContrastiveConfig())(batch, queue, torch.tensor(0.1)).losses, loss)
+
+
+def test_losses_are_float32_under_autocast() -> None:
+    batch = _batch([1, 2, 3])
+    queue = FeatureQueue(4, D)
+    queue.enqueue(_unit(4, D), _unit(4, D), torch.arange(10, 14))
+    loss = MomentumContrastive(ContrastiveConfig())
+    exact = loss(batch, queue, torch.tensor(0.05)).losses
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(loss(batch, queue, torch.tensor(0.05)).losses, exact)
+    assert exact.dtype == torch.float32
+
+
+def test_label_smoothing_spreads_over_the_allowed_negatives() -> None:
+    allowed = torch.tensor([[True, False, True]])
+    loss = info_nce(torch.tensor([1.0]), torch.tensor([[0.5, 9.0, -0.5]]), allowed, label_smoothing=0.2)
+    log_probabilities = F.log_softmax(torch.tensor([1.0, 0.5, -0.5]), dim=0)
+    expected = -0.8 * log_probabilities[0] - 0.2 * log_probabilities[1:].mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_learned_temperature_stays_within_its_bounds() -> None:
+    objective = CollaborativeObjective(ObjectiveConfig(learn_temperature=True), D)
+    for value, bound in ((-20.0, 0.01), (5.0, 0.5)):
+        objective.log_temperature.data.fill_(value)
+        assert objective.temperature.item() == pytest.approx(bound)
+    assert not CollaborativeObjective(ObjectiveConfig(), D).log_temperature.requires_grad
+
+
+def test_the_queue_is_filled_only_after_the_loss() -> None:
+    objective = CollaborativeObjective(ObjectiveConfig(contrastive=ContrastiveConfig(queue_size=6)), D)
+    batch = _batch([1, 2, 3])
+    assert objective(batch).scalars["queue_fill"].item() == 0
+    objective.enqueue(batch)
+    assert objective(batch).scalars["queue_fill"].item() == 0.5
+    # the batch's own items are in the queue, and none of them is its own negative
+    assert objective.queue.negatives_of(batch.item_ids).sum(dim=1).tolist() == [2, 2, 2]

@@ -1,0 +1,101 @@
+"""Pairs that a model of a few thousand parameters can learn: coloured shapes and what they are."""
+
+import io
+import itertools
+import json
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from cots.config import ModelConfig, PretrainConfig
+
+COLORS = {"red": (220, 30, 30), "green": (30, 180, 50), "blue": (40, 60, 220), "yellow": (235, 220, 40)}
+SHAPES = ("square", "ball", "boat")
+GROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255)}
+
+
+def _picture(color: str, shape: str, ground: str, random: np.random.Generator) -> bytes:
+    image = Image.new("RGB", (72, 72), GROUNDS[ground])
+    draw = ImageDraw.Draw(image)
+    x, y = random.integers(8, 20, 2)
+    box = (x, y, x + 40, y + 40)
+    if shape == "square":
+        draw.rectangle(box, fill=COLORS[color])
+    elif shape == "ball":
+        draw.ellipse(box, fill=COLORS[color])
+    else:
+        draw.polygon([(x, y + 20), (x + 40, y + 20), (x + 20, y + 40)], fill=COLORS[color])
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
+
+
+def _write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def _shape_members(seed: int) -> list[tuple[str, bytes]]:
+    """24 pairs, two captions each."""
+    random = np.random.default_rng(seed)
+    members = []
+    for color, shape, ground in itertools.product(COLORS, SHAPES, GROUNDS):
+        captions = [f"a {color} {shape} on {ground}", f"{color} {shape} and {ground}"]
+        members.append((f"{color}_{shape}_{ground}.png", _picture(color, shape, ground, random)))
+        members.append((f"{color}_{shape}_{ground}.json", json.dumps({"captions": captions}).encode()))
+    return members
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train-0.tar, train-1.tar and val-0.tar of 24 pairs each."""
+    directory = tmp_path_factory.mktemp("shards")
+    for seed, name in enumerate(("train-0", "train-1", "val-0")):
+        _write_shard(directory / f"{name}.tar", _shape_members(seed))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def shape_shard() -> Callable[..., Path]:
+    """Writes the 24 pairs and further members (name -> content) to a path, and returns it."""
+
+    def write(path: Path, further: dict[str, bytes] | None = None) -> Path:
+        return _write_shard(path, [*_shape_members(0), *(further or {}).items()])
+
+    return write
+
+
+@pytest.fixture
+def make_config(
+    tiny_model_config: ModelConfig, vocabulary_file: Path, shards: Path, tmp_path: Path
+) -> Callable[..., PretrainConfig]:
+    """A tiny training into tmp_path/NAME; keyword arguments replace whole sections or, as mappings, parts of them."""
+
+    def make(name: str = "run", **sections: dict) -> PretrainConfig:
+        model = tiny_model_config.model_dump()
+        model["text_tower"]["tokenizer"] = str(vocabulary_file)
+        values: dict = {
+            "model": model,
+            "data": {
+                "train": [{"path": str(shards / "train-*.tar")}],
+                "validation": [{"path": str(shards / "val-0.tar")}],
+                "augmentation": {"color": 0.0},
+                "workers": 0,
+            },
+            "objective": {"contrastive": {"queue_size": 50}, "momentum": 0.9},
+            "optimizer": {"learning_rate": 1e-3},
+            "training": {"output": str(tmp_path / name), "epochs": 2, "batch_size": 8, "log_every": 1, "device": "cpu"},
+        }
+        for section, changes in sections.items():
+            values[section] = {**values[section], **changes}
+        return PretrainConfig.model_validate(values)
+
+    return make

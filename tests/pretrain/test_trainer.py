@@ -1,0 +1,138 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cots.config import PretrainConfig
+from cots.errors import ConfigError, SourceError, TrainingError
+from cots.model.pretrained import load_model
+from pretrain.trainer import pretrain
+
+MakeConfig = Callable[..., PretrainConfig]
+WriteShard = Callable[..., Path]
+ROOT = Path(__file__).parents[2]
+
+
+def _rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def _losses(run: Path) -> dict[int, float]:
+    """The loss of every step; a step that was taken twice counts as it was the last time."""
+    return {row["step"]: row["loss"] for row in _rows(run) if "loss" in row}
+
+
+def _write(config: PretrainConfig, path: Path) -> Path:
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return path
+
+
+def _train_in_processes(config: PretrainConfig, path: Path, processes: int) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "pretrain"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(_write(config, path))], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_model_learns_its_pairs_and_the_best_one_is_kept(make_config: MakeConfig) -> None:
+    model = make_config().model.model_dump()
+    model["image_tower"]["pooling"] = model["text_tower"]["pooling"] = "mean"
+    config = make_config(
+        model=model,
+        objective={"contrastive": {"queue_size": 50, "in_batch": "momentum"}, "momentum": 0.9},
+        optimizer={"learning_rate": 5e-3},
+        training={"epochs": 20, "batch_size": 16, "validate_every": 5},
+    )
+    run = pretrain(config)
+    rows = _rows(run)
+    validations = [next(iter(row["validation"].values())) for row in rows if "validation" in row]
+    # 24 pictures: chance finds 21 % of them within the first five
+    assert max(v["text_to_image"]["R@5"] for v in validations) > 70
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert sum(losses[-10:]) < sum(losses[10:20])
+    assert all({"temperature", "positive_similarity", "negative_similarity", "pairs_per_second"} <= set(r) for r in rows if "loss" in r)
+    model = load_model(str(run))
+    assert model.encode_texts(["a red ball on black"]).shape == (1, 32)
+    assert "| text to image |" in (run / "best" / "MODEL_CARD.md").read_text()
+
+
+@pytest.mark.parametrize("in_batch", ["none", "online"])
+def test_two_processes_take_the_same_steps_as_one_with_the_joined_batch(make_config: MakeConfig, tmp_path: Path, in_batch: str) -> None:
+    objective = {"contrastive": {"queue_size": 50, "in_batch": in_batch}, "momentum": 0.9}
+    data = {"captions_per_item": 2}
+    one = make_config("one", objective=objective, data=data)
+    two = make_config("two", objective=objective, data=data)
+    pretrain(one)
+    _train_in_processes(two, tmp_path / "two.yaml", 2)
+    alone, together = _losses(Path(one.training.output)), _losses(Path(two.training.output))
+    assert len(alone) == 12
+    assert together == pytest.approx(alone, rel=1e-4, abs=1e-4)
+
+
+def test_a_resumed_run_is_bit_identical_to_one_that_was_never_stopped(make_config: MakeConfig) -> None:
+    dropping = make_config().model.model_dump()
+    dropping["text_tower"]["dropout"] = 0.1
+    whole = make_config("whole", model=dropping, training={"averaging": 0.9})
+    parts = make_config("parts", model=dropping, training={"averaging": 0.9})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # another number of threads adds in another order
+    command = [sys.executable, "-m", "pretrain"]
+    path = _write(whole, Path(whole.training.output).with_suffix(".yaml"))
+    subprocess.run([*command, str(path)], cwd=ROOT, env=environment, check=True)
+    path = _write(parts, Path(parts.training.output).with_suffix(".yaml"))
+    process = subprocess.Popen([*command, str(path)], cwd=ROOT, env=environment)
+    checkpoints = Path(parts.training.output) / "checkpoints"
+    while not list(checkpoints.glob("step-*.pt")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run([*command, str(path), "training.resume=true"], cwd=ROOT, env=environment, check=True)
+    assert _losses(Path(parts.training.output)) == _losses(Path(whole.training.output))
+
+
+def test_a_run_is_not_overwritten(make_config: MakeConfig) -> None:
+    config = make_config()
+    pretrain(config)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        pretrain(config)
+    changed = config.model_copy(
+        update={
+            "training": config.training.model_copy(update={"resume": True}),
+            "optimizer": config.optimizer.model_copy(update={"learning_rate": 1e-2}),
+        }
+    )
+    with pytest.raises(ConfigError, match="another 'optimizer' section"):
+        pretrain(changed)
+
+
+def test_bad_samples_are_named_and_too_many_end_the_run(
+    make_config: MakeConfig, shape_shard: WriteShard, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def broken(count: int) -> dict[str, bytes]:
+        pictures = {f"broken{i}.png": b"no picture" for i in range(count)}
+        return pictures | {f"broken{i}.json": b'{"captions": ["a red ball"]}' for i in range(count)}
+
+    def source(name: str, count: int) -> dict:
+        return {"train": [{"path": str(shape_shard(tmp_path / f"{name}.tar", broken(count)))}], "validation": []}
+
+    pretrain(make_config("lenient", data=source("few", 1)))
+    assert "few.tar::broken0" in capsys.readouterr().err
+    config = make_config("strict", data=source("many", 30))
+    with pytest.raises(TrainingError, match="could not be read, more than data.max_bad_share"):
+        pretrain(config.model_copy(update={"training": config.training.model_copy(update={"epochs": 9})}))
+
+
+def test_sources_that_cannot_be_trained_on(make_config: MakeConfig, shape_shard: WriteShard, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="fewer than a batch of 64"):
+        pretrain(make_config(training={"batch_size": 64}))
+    with pytest.raises(SourceError, match="nothing matches|no file or folder"):
+        pretrain(make_config("missing", data={"train": [{"path": str(tmp_path / "nonesuch.tar")}]}))
+    with pytest.raises(ConfigError, match="named like a test split"):
+        pretrain(make_config("split", data={"validation": [{"path": str(shape_shard(tmp_path / "test-0.tar"))}]}))
