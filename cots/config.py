@@ -4,8 +4,8 @@ A configuration is a YAML file read by `read_config`, with dotted overrides from
 
     cots pretrain configs/cots_mini.yaml optimizer.learning_rate=1e-4 training.epochs=5
 
-An unknown key is an error that names the nearest known one. Paths in a YAML file are relative to the working directory; `~` and environment
-variables are expanded.
+An unknown key is an error that names the nearest known one. Paths in a YAML file are relative to the working
+directory; `~` and environment variables are expanded.
 """
 
 import difflib
@@ -55,7 +55,8 @@ class ImageTowerConfig(Settings):
 
 class TextTowerConfig(Settings):
     tokenizer: str = ""
-    """A WordPiece `tokenizer.json` or `vocab.txt`; needed to start a training, afterwards kept in the model directory."""
+    """A WordPiece `tokenizer.json` or `vocab.txt`; needed to start a training, afterwards kept in the model
+    directory."""
     vocabulary: int = Field(30522, ge=8)
     width: int = Field(768, ge=8)
     layers: int = Field(12, ge=1)
@@ -128,6 +129,9 @@ class DataConfig(Settings):
     train: list[SourceConfig] = []
     validation: list[SourceConfig] = []
     """Pairs on which checkpoints are chosen. Never a test split: reported numbers would no longer mean anything."""
+    image_size: int | None = Field(None, ge=16)
+    """Side in pixels of the random crops; by default the tower's. A convolutional tower gains from a smaller one:
+    random crops show things larger than a whole picture does at the same size (Touvron et al. 2019, FixRes)."""
     captions_per_item: int = Field(1, ge=1)
     """Captions drawn for an item each time it is seen."""
     augmentation: AugmentationConfig = AugmentationConfig()
@@ -142,8 +146,8 @@ class ContrastiveConfig(Settings):
     queue_size: int = Field(12_800, ge=0)
     """Momentum features kept per modality as negatives; 0: only those of the batch."""
     in_batch: Literal["none", "momentum", "online"] = "none"
-    """Negatives from the other pairs of the global batch besides the queue's: none (as in the paper), their momentum features, or their
-    online features, through which gradients then flow."""
+    """Negatives from the other pairs of the global batch besides the queue's: none (as in the paper), their momentum
+    features, or their online features, through which gradients then flow."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
 
@@ -166,7 +170,8 @@ class OptimizerConfig(Settings):
     clip_norm: float = Field(1.0, ge=0)
     """Gradient norm is clipped here; 0: not."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """After a linear warm-up: half a cosine down to `final_rate`, or constant with a linear cooldown over `cooldown`."""
+    """After a linear warm-up: half a cosine down to `final_rate`, or constant with a linear cooldown over
+    `cooldown`."""
     warmup: float = Field(0.05, ge=0, le=1)
     """Share of the steps."""
     cooldown: float = Field(0.2, ge=0, le=1)
@@ -266,7 +271,11 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 def _explain(kind: type[Settings], origin: str, problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
-        return f"{origin}: {where}: {problem['msg']} (got {problem['input']!r})." if where else f"{origin}: {problem['msg']}."
+        return (
+            f"{origin}: {where}: {problem['msg']} (got {problem['input']!r})."
+            if where
+            else f"{origin}: {problem['msg']}."
+        )
     known = [".".join(path) for path in _paths(kind)]
     nearest = difflib.get_close_matches(where, known, n=1, cutoff=0.0)
     siblings = [name for name in known if name.rpartition(".")[0] == where.rpartition(".")[0]]

@@ -1,29 +1,35 @@
 """The card that is saved beside a model: what it is, what it was trained on, how good it is."""
 
-from typing import Any
+from collections.abc import Mapping
 
 from cots.config import PretrainConfig
 
 
-def model_card(config: PretrainConfig, best: dict[str, Any], pairs_seen: int) -> str:
-    """Markdown from the configuration and the validation results of the best step."""
+def model_card(
+    config: PretrainConfig, results: Mapping[str, Mapping[str, Mapping[str, float]]], notes: str = ""
+) -> str:
+    """Markdown from the configuration and its validation results: {source: {direction: metrics}}."""
     image, text = config.model.image_tower, config.model.text_tower
     lines = [
         "# A COTS dual encoder",
         "",
         f"- Image tower: {image.name} at {image.image_size} px ({image.resize}), pooled by {image.pooling}"
-        + (f", {image.transformer_depth} transformer blocks of width {image.transformer_width}" if image.transformer_depth else ""),
+        + (
+            f", {image.transformer_depth} transformer blocks of width {image.transformer_width}"
+            if image.transformer_depth
+            else ""
+        ),
         f"- Text tower: BERT of {text.layers} layers, {text.width} wide, at most {text.max_length} word pieces, pooled by {text.pooling}",
         f"- Embedding: {config.model.embedding_dim} dimensions, unit norm",
         f"- Started from: {config.start.model or 'image ' + str(config.start.image_tower) + ', text ' + str(config.start.text_tower)}",
         f"- Trained on: {', '.join(f'{source.path} (x{source.weight:g})' for source in config.data.train)}",
-        f"- Pairs seen: {pairs_seen:,}; seed {config.training.seed}",
+        f"- At most {config.training.epochs:g} epochs, batch {config.training.batch_size}, seed {config.training.seed}",
         "",
         "| validation | direction | R@1 | R@5 | R@10 | MedR |",
         "|---|---|---|---|---|---|",
     ]
-    for path, directions in best["results"].items():
+    for path, directions in results.items():
         for direction, m in directions.items():
             figures = f"{m['R@1']:.1f} | {m['R@5']:.1f} | {m['R@10']:.1f} | {m['MedR']:g}"
             lines.append(f"| {path} | {direction.replace('_', ' ')} | {figures} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + (f"\n{notes.strip()}\n" if notes else "")

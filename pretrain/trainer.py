@@ -3,8 +3,8 @@
     cots pretrain configs/cots_mini.yaml training.epochs=5                       # one process
     torchrun --nproc-per-node 2 -m pretrain configs/cots_mini.yaml               # one process a GPU
 
-A run directory holds config.yaml, log.jsonl (see telemetry.py), checkpoints/ (the whole state) and best/ (the model directory that did best on
-validation). A run goes on where it stopped with training.resume=true.
+A run directory holds config.yaml, log.jsonl (see telemetry.py), checkpoints/ (the whole state) and best/ (the model
+directory that did best on validation). A run goes on where it stopped with training.resume=true.
 """
 
 import math
@@ -79,7 +79,9 @@ class Run:
             for encoder in (self.encoder, self.momentum.network):
                 encoder.image_tower.compile()
                 encoder.text_tower.compile()
-        self.dtype = torch.bfloat16 if training.precision == "bf16" or _is_auto_cuda(training.precision, self.device) else None
+        self.dtype = (
+            torch.bfloat16 if training.precision == "bf16" or _is_auto_cuda(training.precision, self.device) else None
+        )
         self.jitter = ColorJitter(config.data.augmentation.color)
 
         self.sources = [open_source(source) for source in config.data.train]
@@ -94,7 +96,12 @@ class Run:
             self._restore(checkpoint)
         image = config.model.image_tower
         self.validation = (
-            Validation(config.data.validation, self.tokenizer, SquareTransform(image.image_size, image.resize), config.data.workers)
+            Validation(
+                config.data.validation,
+                self.tokenizer,
+                SquareTransform(image.image_size, image.resize),
+                config.data.workers,
+            )
             if ranks.first
             else None
         )
@@ -108,7 +115,7 @@ class Run:
             self.sources,
             config.data,
             self.tokenizer,
-            config.model.image_tower.image_size,
+            config.data.image_size or config.model.image_tower.image_size,
             batch_size=training.batch_size,
             steps=self.steps,
             first_step=self.step,
@@ -181,7 +188,10 @@ class Run:
         factor = rate_factor(self.step - 1, self.steps, self.config.optimizer)
         means = self.telemetry.flush(self.step, self.step / self.epoch_steps, {"rate_factor": factor})
         if not math.isfinite(means["loss"]):
-            raise TrainingError(f"The loss is no longer a number at step {self.step}; lower the learning rate or set optimizer.clip_norm.")
+            raise TrainingError(
+                f"The loss is no longer a number at step {self.step}; lower the learning rate or set "
+                "optimizer.clip_norm."
+            )
 
     def _validate(self) -> None:
         if self.validation is None or not self.config.data.validation:
@@ -194,13 +204,20 @@ class Run:
         self.telemetry.validation(self.step, epoch, results)
         for path, metrics in results.items():
             both = "   ".join(
-                f"{way.replace('_', ' ')} R@1/5/10 {m['R@1']:.1f} / {m['R@5']:.1f} / {m['R@10']:.1f}" for way, m in metrics.items()
+                f"{way.replace('_', ' ')} R@1/5/10 {m['R@1']:.1f} / {m['R@5']:.1f} / {m['R@10']:.1f}"
+                for way, m in metrics.items()
             )
             self.telemetry.say(f"epoch {epoch:.1f}  {Path(path).name}  {both}")
         if score > self.best["criterion"]:
             self.best = {"criterion": score, "step": self.step, "results": results}
-            card = model_card(self.config, self.best, self.step * self.config.training.batch_size)
-            save_model(self.directory / "best", network, self.tokenizer, weights_dtype=self.config.training.weights_dtype, card=card)
+            card = model_card(self.config, results)
+            save_model(
+                self.directory / "best",
+                network,
+                self.tokenizer,
+                weights_dtype=self.config.training.weights_dtype,
+                card=card,
+            )
         self.telemetry.restart()
 
     def _save(self) -> None:
@@ -247,16 +264,16 @@ class Run:
         allowed = self.config.data.max_bad_share * max(self.samples_read, 1000)
         if self.samples_bad > allowed:
             raise TrainingError(
-                f"{self.samples_bad} of {self.samples_read} samples could not be read, more than data.max_bad_share allows; "
-                f"the last: {batch.bad[-1][0] if batch.bad else 'named above'}."
+                f"{self.samples_bad} of {self.samples_read} samples could not be read, more than data.max_bad_share "
+                f"allows; the last: {batch.bad[-1][0] if batch.bad else 'named above'}."
             )
 
     def _introduction(self) -> str:
         weights = sum(parameter.numel() for parameter in self.encoder.parameters())
         pairs = sum(len(source) for source in self.sources)
         return (
-            f"{weights / 1e6:.1f} M parameters, {pairs} items, {self.steps} steps of {self.config.training.batch_size} pairs "
-            f"({self.epoch_steps} an epoch), {self.ranks.count} x {self.device.type}, "
+            f"{weights / 1e6:.1f} M parameters, {pairs} items, "
+            f"{self.steps} steps of {self.config.training.batch_size} pairs ({self.epoch_steps} an epoch), {self.ranks.count} x {self.device.type}, "
             f"{'bf16' if self.dtype else 'fp32'}; from step {self.step}; into {self.directory}"
         )
 
@@ -269,7 +286,9 @@ def _prepare_directory(directory: Path, config: PretrainConfig, ranks: Ranks) ->
     """Make the run directory; returns the checkpoint to go on from, if it is to be resumed."""
     checkpoint = latest_checkpoint(directory)
     if checkpoint is not None and not config.training.resume:
-        raise ConfigError(f"{directory} holds a run already; go on with training.resume=true or choose another training.output.")
+        raise ConfigError(
+            f"{directory} holds a run already; go on with training.resume=true or choose another training.output."
+        )
     if ranks.first:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

@@ -1,0 +1,41 @@
+"""Turn a training output into a model that ships: compact weights, and a card with figures measured on what ships.
+
+python -m pretrain.release runs/cots_mini --out cots/assets/model --notes docs/embedded_model.md
+"""
+
+import argparse
+from pathlib import Path
+
+import yaml
+
+from cots.config import PretrainConfig, validate_config
+from cots.evaluation.evaluate import evaluate
+from cots.model.model_directory import read_model, save_model
+from cots.model.pretrained import load_model, model_directory
+from pretrain.model_card import model_card
+
+
+def release(run: Path, out: Path, notes: str = "") -> str:
+    """Write `out` from a run's best model and measure it on the run's validation sources; returns the fingerprint.
+
+    The config.yaml of the run says what it was trained on; `notes` is put at the end of the card.
+    """
+    config = validate_config(
+        PretrainConfig, yaml.safe_load((run / "config.yaml").read_text()), str(run / "config.yaml")
+    )
+    encoder, tokenizer, _ = read_model(model_directory(str(run)))
+    save_model(out, encoder, tokenizer, weights_dtype="int8")
+    model = load_model(str(out))
+    results = {source.path: evaluate(source.path, model).directions for source in config.data.validation}
+    card = model_card(config.model_copy(update={"model": encoder.config}), results, notes)
+    return save_model(out, encoder, tokenizer, weights_dtype="int8", card=card)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--notes", type=Path)
+    arguments = parser.parse_args()
+    text = arguments.notes.read_text(encoding="utf-8") if arguments.notes else ""
+    print(release(arguments.run, arguments.out, text))
