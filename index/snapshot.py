@@ -65,6 +65,10 @@ class Snapshot:
         )
 
     @cached_property
+    def _columns(self) -> dict[str, pa.Array]:
+        return {name: self.rows[name].combine_chunks() for name in COLUMNS if name != "vector"}
+
+    @cached_property
     def _by_id(self) -> np.ndarray:
         return np.argsort(self.ids)
 
@@ -78,7 +82,7 @@ class Snapshot:
 
     def row(self, position: int) -> dict[str, Any]:
         """The row at a position, without its vector."""
-        return {name: self.rows[name][position].as_py() for name in COLUMNS if name != "vector"}
+        return {name: column[position].as_py() for name, column in self._columns.items()}
 
     def rows_of(self, item: int) -> slice:
         """The positions of an item's rows."""
