@@ -2,8 +2,9 @@
 
     python benchmarks/gallery_precision.py [--sheet hits.png]
 
-The concepts and the words that make a hit relevant stand in gallery_concepts.tsv, written down before the first search. A hit counts if one of
-its captions has one of the words; `--sheet` draws the hits, so that a person can judge what words cannot.
+The concepts and the words that make a hit relevant stand in gallery_concepts.tsv, written down before the first
+search. A hit counts if one of its captions has one of the words; `--sheet` draws the hits, so that a person can judge
+what words cannot.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import cots
 from cots.data.image_io import open_image
 from cots.data.video_io import read_frames
 from cots.embedded import EMBEDDED_GALLERY
+from index.gallery import Gallery
 from index.search import Hit
 
 
@@ -32,9 +34,11 @@ def is_relevant(caption: str, words: set[str]) -> bool:
     return bool(words & set(re.findall(r"[a-z-]+", caption.lower())))
 
 
-def thumbnail(gallery: "cots.open_gallery", hit: Hit, side: int = 128) -> Image.Image:
+def thumbnail(gallery: Gallery, hit: Hit, side: int = 128) -> Image.Image:
     content, mime = gallery.media(hit.id)
-    image = read_frames(content, times=[hit.frame or 0.0]).images[0] if mime.startswith("video") else open_image(content)
+    image = (
+        read_frames(content, times=[hit.frame or 0.0]).images[0] if mime.startswith("video") else open_image(content)
+    )
     image.thumbnail((side, side))
     return image
 
@@ -53,7 +57,10 @@ def main() -> None:
         hits = gallery.search(query, k=5).hits
         relevant = [is_relevant(hit.caption, words) for hit in hits]
         precisions.append(sum(relevant) / 5)
-        print(f"{sum(relevant)}/5  {query:18}", "; ".join(f"{'+' if r else '-'} {h.caption[:40]}" for h, r in zip(hits, relevant)))
+        print(
+            f"{sum(relevant)}/5  {query:18}",
+            "; ".join(f"{'+' if r else '-'} {h.caption[:40]}" for h, r in zip(hits, relevant)),
+        )
         if arguments.sheet:
             draw.text((4, row * 132 + 56), query, fill="black")
             for column, (hit, good) in enumerate(zip(hits, relevant)):

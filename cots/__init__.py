@@ -1,5 +1,7 @@
 """COTS: find images and moments of video by meaning.
 
+From Python:
+
     model = cots.load_model()                     # the embedded model; or a training output, or "open_clip:ARCH/TAG"
     gallery = cots.open_gallery("my-gallery")     # what `cots index build` wrote
 """

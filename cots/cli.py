@@ -27,19 +27,28 @@ app = typer.Typer(
 index_app = typer.Typer(help="Build and look after a gallery.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(index_app, name="index")
 
-GalleryOption = Annotated[str | None, typer.Option("--gallery", metavar="DIR", help="The gallery; by default the embedded one.")]
+GalleryOption = Annotated[
+    str | None, typer.Option("--gallery", metavar="DIR", help="The gallery; by default the embedded one.")
+]
 GalleryDirectory = Annotated[str, typer.Option("--gallery", metavar="DIR", help="The gallery's directory.")]
 ModelOption = Annotated[
-    str, typer.Option("--model", metavar="MODEL", help="`embedded`, a directory that training wrote, or open_clip:ARCH/TAG.")
+    str,
+    typer.Option(
+        "--model", metavar="MODEL", help="`embedded`, a directory that training wrote, or open_clip:ARCH/TAG."
+    ),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 Sources = Annotated[
-    list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, globs, .tar shards, or .jsonl/.csv/.parquet tables.")
+    list[str],
+    typer.Argument(metavar="SOURCE...", help="Files, folders, globs, .tar shards, or .jsonl/.csv/.parquet tables."),
 ]
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 a user's error (one sentence on stderr), 2 wrong usage, 130 interrupted."""
+    """Run the command line.
+
+    Exit codes: 0 done, 1 a user's error (one sentence on stderr), 2 wrong usage, 130 interrupted.
+    """
     try:
         app()
     except CotsError as error:
@@ -60,7 +69,9 @@ def search(
     k: Annotated[int, typer.Option("-k", min=1, help="Number of hits.")] = 10,
     image: Annotated[Path | None, typer.Option(help="Look for pictures like this one; with words: for both.")] = None,
     without: Annotated[str | None, typer.Option(help="What the hits should not show.")] = None,
-    where: Annotated[str | None, typer.Option(metavar="SQL", help="Only rows that meet a condition, such as \"source = 'holiday'\".")] = None,
+    where: Annotated[
+        str | None, typer.Option(metavar="SQL", help="Only rows that meet a condition, such as \"source = 'holiday'\".")
+    ] = None,
     kind: Annotated[str | None, typer.Option(help="image or video.")] = None,
     json_output: JsonFlag = False,
 ) -> None:
@@ -84,7 +95,9 @@ def search(
     if not result.hits:
         typer.echo("Nothing in the gallery meets these conditions.", err=True)
     took = result.took_ms
-    typer.echo(f"encode {took['encode']:.0f} ms, search {took['search']:.1f} ms, fetch {took['fetch']:.0f} ms", err=True)
+    typer.echo(
+        f"encode {took['encode']:.0f} ms, search {took['search']:.1f} ms, fetch {took['fetch']:.0f} ms", err=True
+    )
 
 
 @index_app.command("build")
@@ -101,7 +114,13 @@ def index_build(
 
     with _progress("embedding") as (progress, complain):
         report = build(
-            sources, gallery, load_model(model), prune=prune, batch_size=batch_size, on_error=complain, progress=progress
+            sources,
+            gallery,
+            load_model(model),
+            prune=prune,
+            batch_size=batch_size,
+            on_error=complain,
+            progress=progress,
         )
     changes = {
         "added": report.added,
@@ -114,13 +133,17 @@ def index_build(
     }
     done = ", ".join(f"{count} {change}" for change, count in changes.items() if count) or "nothing to do"
     rate = f" ({report.rate:.0f} items/s)" if report.rate else ""
-    typer.echo(f"{gallery}: {done} in {report.seconds:.1f} s{rate}; it holds {report.items} items, {report.vectors} vectors.")
+    typer.echo(
+        f"{gallery}: {done} in {report.seconds:.1f} s{rate}; it holds {report.items} items, {report.vectors} vectors."
+    )
     if report.missing:
         typer.echo(f"{len(report.missing)} items' files are gone; --prune removes them from the gallery.", err=True)
 
 
 @index_app.command("remove")
-def index_remove(gallery: GalleryDirectory, where: Annotated[str, typer.Option(metavar="SQL", help="Which items to remove.")]) -> None:
+def index_remove(
+    gallery: GalleryDirectory, where: Annotated[str, typer.Option(metavar="SQL", help="Which items to remove.")]
+) -> None:
     """Remove items from a gallery; the files themselves stay."""
     from index.build import remove
 
@@ -180,7 +203,9 @@ def embed(
 def evaluate(
     protocol: Annotated[str, typer.Argument(metavar="FILE.jsonl", help="A file of captioned images or videos.")],
     model: ModelOption = "embedded",
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write the result there too; - for stdout only.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="OUT", help="Write the result there too; - for stdout only.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at once.")] = 32,
 ) -> None:
     """Measure retrieval both ways: R@1, R@5, R@10, median and mean rank."""
@@ -197,12 +222,14 @@ def evaluate(
         return
     if json_file is not None:
         _write_json(json_file, document)
-    typer.echo(f"{result.items} {result.kind}s, {result.captions} captions, model {result.model} ({result.fingerprint[:12]})")
+    typer.echo(
+        f"{result.items} {result.kind}s, {result.captions} captions, model {result.model} ({result.fingerprint[:12]})"
+    )
     typer.echo(f"{'':15} {'R@1':>6} {'R@5':>6} {'R@10':>6} {'MedR':>6} {'MeanR':>7} {'mAP@10':>7}")
     for direction, m in result.directions.items():
         typer.echo(
-            f"{direction.replace('_', ' '):15} {m['R@1']:6.1f} {m['R@5']:6.1f} {m['R@10']:6.1f} {m['MedR']:6.1f} {m['MeanR']:7.1f} "
-            f"{m['mAP@10']:7.1f}"
+            f"{direction.replace('_', ' '):15} {m['R@1']:6.1f} {m['R@5']:6.1f} {m['R@10']:6.1f} {m['MedR']:6.1f} "
+            f"{m['MeanR']:7.1f} {m['mAP@10']:7.1f}"
         )
     typer.echo(f"RSum {document['RSum']:.1f}")
 
@@ -210,7 +237,9 @@ def evaluate(
 @app.command()
 def pretrain(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/cots_mini.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings to change.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings to change.")
+    ] = None,
 ) -> None:
     """Train a model in one process; for several GPUs: torchrun --nproc-per-node N -m pretrain CONFIG ..."""
     from cots.config import read_config
@@ -222,7 +251,9 @@ def pretrain(
 @app.command()
 def demo(
     gallery: GalleryOption = None,
-    model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="By default the model that built the gallery.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="By default the model that built the gallery.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
 ) -> None:
@@ -248,7 +279,8 @@ def _open_picture(path: Path) -> "Image.Image":
 
 @contextmanager
 def _progress(verb: str) -> Iterator[tuple[Callable[["Progress"], None], Callable[["MediaError"], None]]]:
-    """A bar on stderr for a person, a line every few seconds for a log; and where to report files that cannot be read."""
+    """A bar on stderr for a person, a line every few seconds for a log; and where to report files that cannot be
+    read."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar

@@ -1,7 +1,7 @@
 """The one family of errors that COTS raises at its users.
 
-Every message is one sentence that says what was wrong, with the value, and what to do. The command line prints it and exits with 1; a
-traceback means a defect in COTS.
+Every message is one sentence that says what was wrong, with the value, and what to do. The command line prints it and
+exits with 1; a traceback means a defect in COTS.
 """
 
 

@@ -1,4 +1,7 @@
-"""python -m pretrain CONFIG [key=value ...]: the entry point for torchrun; `cots pretrain` does the same in one process."""
+"""python -m pretrain CONFIG [key=value ...]: the entry point for torchrun.
+
+`cots pretrain` does the same in one process.
+"""
 
 import sys
 

@@ -1,7 +1,8 @@
 """Checkpoints of the whole training state: written whole or not at all, the last few kept.
 
-A checkpoint holds the encoder, its momentum and slow averages, the objective with its queues, the optimizer, the number of the step (which is the
-loader's position), the best validation so far, the random state of every rank, and the configuration.
+A checkpoint holds the encoder, its momentum and slow averages, the objective with its queues, the optimizer, the
+number of the step (which is the loader's position), the best validation so far, the random state of every rank, and
+the configuration.
 """
 
 import os
@@ -30,7 +31,9 @@ def save_checkpoint(run: Path, state: dict[str, Any], step: int, keep: int) -> P
         scratch.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         scratch.unlink(missing_ok=True)
-        raise TrainingError(f"The checkpoint {path} cannot be written ({error}); the earlier ones are intact.") from error
+        raise TrainingError(
+            f"The checkpoint {path} cannot be written ({error}); the earlier ones are intact."
+        ) from error
     for old in sorted(directory.glob(_PATTERN))[:-keep]:
         old.unlink()
     return path
@@ -50,7 +53,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and I/O errors of many classes
-        raise TrainingError(f"The checkpoint {path} is damaged ({error}); remove it to go on from an earlier one.") from error
+        raise TrainingError(
+            f"The checkpoint {path} is damaged ({error}); remove it to go on from an earlier one."
+        ) from error
 
 
 def random_state() -> list[dict[str, torch.Tensor]]:

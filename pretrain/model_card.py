@@ -10,18 +10,17 @@ def model_card(
 ) -> str:
     """Markdown from the configuration and its validation results: {source: {direction: metrics}}."""
     image, text = config.model.image_tower, config.model.text_tower
+    blocks = f", {image.transformer_depth} transformer blocks of width {image.transformer_width}"
+    start = config.start.model or f"image {config.start.image_tower}, text {config.start.text_tower}"
     lines = [
         "# A COTS dual encoder",
         "",
         f"- Image tower: {image.name} at {image.image_size} px ({image.resize}), pooled by {image.pooling}"
-        + (
-            f", {image.transformer_depth} transformer blocks of width {image.transformer_width}"
-            if image.transformer_depth
-            else ""
-        ),
-        f"- Text tower: BERT of {text.layers} layers, {text.width} wide, at most {text.max_length} word pieces, pooled by {text.pooling}",
+        + (blocks if image.transformer_depth else ""),
+        f"- Text tower: BERT of {text.layers} layers, {text.width} wide, at most {text.max_length} word pieces, "
+        f"pooled by {text.pooling}",
         f"- Embedding: {config.model.embedding_dim} dimensions, unit norm",
-        f"- Started from: {config.start.model or 'image ' + str(config.start.image_tower) + ', text ' + str(config.start.text_tower)}",
+        f"- Started from: {start}",
         f"- Trained on: {', '.join(f'{source.path} (x{source.weight:g})' for source in config.data.train)}",
         f"- At most {config.training.epochs:g} epochs, batch {config.training.batch_size}, seed {config.training.seed}",
         "",

@@ -1,19 +1,22 @@
 """Exponential moving averages of a network: the momentum towers, and the slow average that is shipped."""
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
+Network = TypeVar("Network", bound=nn.Module)
 
-class MovingAverage:
+
+class MovingAverage(Generic[Network]):
     """A copy of a network whose weights follow it: average = decay * average + (1 - decay) * network, after every step.
 
-    The copy stays in evaluation mode (no dropout, running statistics) and needs no gradient. Floating-point buffers are averaged like weights;
-    the others are copied.
+    The copy stays in evaluation mode (no dropout, running statistics) and needs no gradient. Floating-point buffers
+    are averaged like weights; the others are copied.
     """
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
+    def __init__(self, network: Network, decay: float) -> None:
         self.decay = decay
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         ours, theirs = self.network.state_dict(), network.state_dict()

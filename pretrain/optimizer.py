@@ -9,9 +9,10 @@ from cots.config import OptimizerConfig
 
 
 def create_optimizer(encoder: nn.Module, objective: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """One group for each of image tower, text tower and the rest, each split into decayed matrices and undecayed vectors.
+    """Groups of image tower, text tower and the rest, each split into decayed matrices and undecayed vectors.
 
-    Every group carries its peak rate as `peak`; what has a peak rate of 0 is frozen. Biases, norms, embeddings of single tokens and the temperature are not decayed.
+    Every group carries its peak rate as `peak`; what has a peak rate of 0 is frozen. Biases, norms, embeddings of
+    single tokens and the temperature are not decayed.
     """
     rates = {"image_tower": config.image_tower_rate, "text_tower": config.text_tower_rate}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}

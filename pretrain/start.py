@@ -34,8 +34,8 @@ def starting_encoder(config: PretrainConfig, tokenizer: WordPieceTokenizer) -> D
     """
     if tokenizer.vocabulary > config.model.text_tower.vocabulary:
         raise ConfigError(
-            f"The tokenizer has {tokenizer.vocabulary} word pieces, the text tower {config.model.text_tower.vocabulary}; "
-            "set model.text_tower.vocabulary."
+            f"The tokenizer has {tokenizer.vocabulary} word pieces, the text tower "
+            f"{config.model.text_tower.vocabulary}; set model.text_tower.vocabulary."
         )
     encoder, start = DualEncoder(config.model), config.start
     if start.model:

@@ -16,10 +16,13 @@ _SHOWN = ("loss", "temperature", "positive_similarity", "negative_similarity", "
 
 
 class Telemetry:
-    """Rows of the log. Every rank counts its steps; values are means over all ranks, and only the first rank shows and writes them.
+    """Rows of the log.
 
-    A training row holds step, epoch, every scalar of the objective, the learning rate factor, the gradient norm, pairs per second (of all ranks),
-    the share of the time spent waiting for data, and the peak memory of the device. A validation row holds the recalls.
+    Every rank counts its steps; values are means over all ranks, and only the first rank shows and writes them.
+
+    A training row holds step, epoch, every scalar of the objective, the learning rate factor, the gradient norm,
+    pairs per second (of all ranks), the share of the time spent waiting for data, and the peak memory of the device.
+    A validation row holds the recalls.
     """
 
     def __init__(self, run: Path, steps: int, first_step: int, batch_size: int, active: bool) -> None:

@@ -67,7 +67,7 @@ class Run:
         torch.manual_seed(training.seed)  # the same weights on every rank
         self.tokenizer: WordPieceTokenizer = starting_tokenizer(config)
         self.encoder: DualEncoder = starting_encoder(config, self.tokenizer)
-        self.encoder.to(self.device, memory_format=torch.channels_last)
+        self.encoder.to(self.device).to(memory_format=torch.channels_last)
         self.objective = CollaborativeObjective(config.objective, config.model.embedding_dim).to(self.device)
         self.momentum = MovingAverage(self.encoder, config.objective.momentum)
         self.average = MovingAverage(self.encoder, training.averaging) if training.averaging else None
@@ -79,9 +79,7 @@ class Run:
             for encoder in (self.encoder, self.momentum.network):
                 encoder.image_tower.compile()
                 encoder.text_tower.compile()
-        self.dtype = (
-            torch.bfloat16 if training.precision == "bf16" or _is_auto_cuda(training.precision, self.device) else None
-        )
+        self.dtype = torch.bfloat16 if _uses_bf16(training.precision, self.device) else None
         self.jitter = ColorJitter(config.data.augmentation.color)
 
         self.sources = [open_source(source) for source in config.data.train]
@@ -273,13 +271,14 @@ class Run:
         pairs = sum(len(source) for source in self.sources)
         return (
             f"{weights / 1e6:.1f} M parameters, {pairs} items, "
-            f"{self.steps} steps of {self.config.training.batch_size} pairs ({self.epoch_steps} an epoch), {self.ranks.count} x {self.device.type}, "
-            f"{'bf16' if self.dtype else 'fp32'}; from step {self.step}; into {self.directory}"
+            f"{self.steps} steps of {self.config.training.batch_size} pairs ({self.epoch_steps} an epoch), "
+            f"{self.ranks.count} x {self.device.type}, {'bf16' if self.dtype else 'fp32'}; "
+            f"from step {self.step}; into {self.directory}"
         )
 
 
-def _is_auto_cuda(precision: str, device: torch.device) -> bool:
-    return precision == "auto" and device.type == "cuda"
+def _uses_bf16(precision: str, device: torch.device) -> bool:
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
 def _prepare_directory(directory: Path, config: PretrainConfig, ranks: Ranks) -> Path | None:

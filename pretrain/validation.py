@@ -47,7 +47,9 @@ class Validation:
         self._sets: list[_ValidationSet] = []
         for config in sources:
             if "test" in Path(config.path).name.lower():
-                raise ConfigError(f"{config.path} is named like a test split; checkpoints are chosen on validation pairs only.")
+                raise ConfigError(
+                    f"{config.path} is named like a test split; checkpoints are chosen on validation pairs only."
+                )
             source = open_source(config)
             captions, item_of_caption = captions_of(source)
             frames = ValidationFrames(source, transform)
@@ -59,14 +61,17 @@ class Validation:
 
     @torch.inference_mode()
     def measure(self, encoder: DualEncoder, device: torch.device) -> dict[str, Metrics]:
-        """Recall of an encoder (in evaluation mode) on every source: {path: {"text_to_image": {..}, "image_to_text": {..}}}.
+        """Recall of an encoder (in evaluation mode) on every source.
+
+        Returns {path: {"text_to_image": {..}, "image_to_text": {..}}}.
 
         In float32, as `cots evaluate` on a CPU: bf16 moves R@1 by a point either way.
         """
         results: dict[str, Metrics] = {}
         for pairs in self._sets:
-            frames = torch.cat([encoder.encode_image(part.to(device)).embedding for part in pairs.frames.split(256)]).cpu()
-            texts = torch.cat([encoder.encode_text(part.to(device)).embedding for part in pairs.token_ids.split(1024)]).cpu()
+            pictures, pieces = pairs.frames.split(256), pairs.token_ids.split(1024)
+            frames = torch.cat([encoder.encode_image(part.to(device)).embedding for part in pictures]).cpu()
+            texts = torch.cat([encoder.encode_text(part.to(device)).embedding for part in pieces]).cpu()
             count = int(pairs.item_of_frame[-1]) + 1
             items = F.normalize(torch.zeros(count, frames.shape[1]).index_add_(0, pairs.item_of_frame, frames), dim=1)
             scores = texts @ items.T

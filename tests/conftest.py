@@ -17,17 +17,20 @@ from cots.model.pretrained import load_model
 from cots.model.retrieval_model import RetrievalModel
 from cots.model.text_tower import WordPieceTokenizer
 
-WORDS = (
-    "a an the of in on with and is are at to man woman child dog cat bird boat car truck red blue green yellow black white square circle "
-    "runs sits jumps stands water grass snow beach street ball left right picture photo drawing two three people"
-).split()
+_VOCABULARY = """
+a an the of in on with and is are at to man woman child dog cat bird boat car truck red blue green yellow black
+white square circle runs sits jumps stands water grass snow beach street ball left right picture photo drawing two
+three people
+"""
+WORDS = _VOCABULARY.split()
 
 
 @pytest.fixture(scope="session")
 def vocabulary_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A WordPiece vocabulary of a few words, the letters, and their continuations."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters), *WORDS[1:]]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*special, *letters, *(f"##{letter}" for letter in letters), *WORDS[1:]]
     path = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
     path.write_text("\n".join(dict.fromkeys(pieces)) + "\n")
     return path

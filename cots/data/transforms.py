@@ -24,8 +24,8 @@ _RESAMPLING = {
 class SquareTransform:
     """PIL RGB -> (3, S, S) uint8, without randomness.
 
-    `squash` resizes to the square and ignores the aspect, `crop` resizes the shorter side and cuts the centre out; `bicubic` is Pillow's,
-    with antialiasing.
+    `squash` resizes to the square and ignores the aspect, `crop` resizes the shorter side and cuts the centre out;
+    `bicubic` is Pillow's, with antialiasing.
     """
 
     def __init__(self, size: int, resize: str = "squash", interpolation: str = "bicubic") -> None:
@@ -90,8 +90,8 @@ class TrainingTransform:
 class ColorJitter:
     """Brightness, contrast, saturation and hue, one draw a picture, on the device: (B, 3, S, S) uint8 -> the same.
 
-    All four are affine in RGB, so they are one 3 x 3 matrix and one offset a picture: saturation and hue scale and rotate the chroma plane of YIQ,
-    brightness and contrast scale around black and around the picture's mean grey.
+    All four are affine in RGB, so they are one 3 x 3 matrix and one offset a picture: saturation and hue scale and
+    rotate the chroma plane of YIQ, brightness and contrast scale around black and around the picture's mean grey.
     """
 
     def __init__(self, strength: float) -> None:

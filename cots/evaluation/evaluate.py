@@ -2,8 +2,9 @@
 
     cots evaluate pairs.jsonl --model runs/mine --json result.json
 
-An item that cannot be read stays a candidate that is never found: its captions count as misses, and it is named in the result. Past a share of
-such items (default 1 %) the evaluation ends with an error, for its figures would mean little.
+An item that cannot be read stays a candidate that is never found: its captions count as misses, and it is named in
+the result. Past a share of such items (default 1 %) the evaluation ends with an error, for its figures would mean
+little.
 """
 
 import time
@@ -73,8 +74,8 @@ def evaluate(
     """Measure retrieval both ways over the items of a file.
 
     Args:
-        file: a table of `{"image" | "video": path, "captions": [..]}` rows (rows of the same path are joined), or any other source whose items
-            have captions, such as a webdataset shard.
+        file: a table of `{"image" | "video": path, "captions": [..]}` rows (rows of the same path are joined), or any
+            other source whose items have captions, such as a webdataset shard.
         model: what embeds them.
         max_bad_share: share of unreadable items above which the evaluation fails.
         batch_size: pictures encoded at once.
@@ -95,13 +96,16 @@ def evaluate(
         raise EvaluationError(f"{file} holds {found}.")
 
     started = time.perf_counter()
-    embedded = embed(samples, model, on_error=problems.append, batch_size=batch_size, total=len(samples), progress=progress)
+    embedded = embed(
+        samples, model, on_error=problems.append, batch_size=batch_size, total=len(samples), progress=progress
+    )
     vectors = {item.sample.path: _pooled(item) for item in embedded}
     unreadable = [path for path in captions_of if path not in vectors]
     if len(unreadable) > max_bad_share * len(captions_of):
         reason = problems[-1] if problems else unreadable[0]
         raise EvaluationError(
-            f"{len(unreadable)} of {len(captions_of)} items of {file} cannot be read, more than {max_bad_share:.0%}; the last: {reason}."
+            f"{len(unreadable)} of {len(captions_of)} items of {file} cannot be read, more than {max_bad_share:.0%}; "
+            f"the last: {reason}."
         )
     encoded = time.perf_counter()
     texts, owner = encode_captions(list(captions_of.values()), model)
@@ -128,7 +132,9 @@ def evaluate(
     )
 
 
-def encode_captions(captions: Sequence[Sequence[str]], model: RetrievalModel, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+def encode_captions(
+    captions: Sequence[Sequence[str]], model: RetrievalModel, batch_size: int = 256
+) -> tuple[Tensor, Tensor]:
     """Embed the captions of each item: (T, D) unit norm, and (T,) int64 the item that each belongs to."""
     flat = [caption for own in captions for caption in own]
     owner = torch.tensor([index for index, own in enumerate(captions) for _ in own])

@@ -1,7 +1,7 @@
 """Retrieval metrics as pure functions: many-to-many, pessimistic on ties, chunked.
 
-The rank of a query is 1 + the number of non-relevant candidates that score at least as high as its best relevant one: a model that gives every
-candidate the same score finds nothing.
+The rank of a query is 1 + the number of non-relevant candidates that score at least as high as its best relevant one:
+a model that gives every candidate the same score finds nothing.
 """
 
 import torch
@@ -37,7 +37,8 @@ def ranks(scores: Tensor, relevance: Tensor) -> Tensor:
 def average_precision(scores: Tensor, relevance: Tensor, depth: int = 10) -> Tensor:
     """Average precision of the first `depth` candidates of each query, over min(depth, number of relevant ones).
 
-    On equal scores the non-relevant candidate comes first. Shapes and errors as `ranks`; returns (Q,) float64 in [0, 1].
+    On equal scores the non-relevant candidate comes first. Shapes and errors as `ranks`; returns (Q,) float64
+    in [0, 1].
     """
     _check(scores, relevance)
     depth_kept = min(depth, scores.shape[1])
@@ -76,7 +77,8 @@ def recall_sum(*directions: dict[str, float]) -> float:
 def _check(scores: Tensor, relevance: Tensor) -> None:
     if scores.ndim != 2 or scores.shape != relevance.shape:
         raise EvaluationError(
-            f"Scores and relevance must both be (queries, candidates), not {tuple(scores.shape)} and {tuple(relevance.shape)}."
+            f"Scores and relevance must both be (queries, candidates), not {tuple(scores.shape)} and "
+            f"{tuple(relevance.shape)}."
         )
     if 0 in scores.shape:
         raise EvaluationError(f"There is nothing to rank: the scores are {tuple(scores.shape)}.")

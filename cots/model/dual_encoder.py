@@ -31,7 +31,11 @@ class Projection(nn.Module):
         self.mlp: nn.Module | None = None
         if kind == "mlp":
             self.mlp = nn.Sequential(
-                nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(0.1), nn.Linear(2 * width, dimension)
+                nn.LayerNorm(width),
+                nn.Linear(width, 2 * width),
+                nn.GELU(),
+                nn.Dropout(0.1),
+                nn.Linear(2 * width, dimension),
             )
 
     def forward(self, pooled: Tensor) -> Tensor:
@@ -42,6 +46,9 @@ class Projection(nn.Module):
 class DualEncoder(nn.Module):
     """An image tower and a text tower with projections to a shared unit sphere."""
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -49,7 +56,9 @@ class DualEncoder(nn.Module):
         self.text_tower = TextTower(config.text_tower)
         self.image_projection = Projection(self.image_tower.width, config.embedding_dim, config.projection)
         self.text_projection = Projection(self.text_tower.width, config.embedding_dim, config.projection)
-        self.register_buffer("pixel_mean", 255 * torch.tensor(config.image_tower.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer(
+            "pixel_mean", 255 * torch.tensor(config.image_tower.mean).view(1, 3, 1, 1), persistent=False
+        )
         self.register_buffer("pixel_std", 255 * torch.tensor(config.image_tower.std).view(1, 3, 1, 1), persistent=False)
 
     def encode_image(self, pixels: Tensor) -> EncodedBatch:

@@ -1,10 +1,11 @@
 """The image tower: any timm network, its output kept as tokens.
 
-A vision transformer gives its own tokens. A convolutional network's final map is flattened into tokens, optionally followed by transformer
-blocks with a [CLS] token: the hybrid ViT of Dosovitskiy et al. 2021 (section 3.1).
+A vision transformer gives its own tokens. A convolutional network's final map is flattened into tokens, optionally
+followed by transformer blocks with a [CLS] token: the hybrid ViT of Dosovitskiy et al. 2021 (section 3.1).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -33,11 +34,13 @@ class ImageTower(nn.Module):
 
     def __init__(self, config: ImageTowerConfig, trunk: nn.Module | None = None) -> None:
         super().__init__()
-        self.trunk = _create_trunk(config) if trunk is None else trunk
+        # any: timm networks share `forward_features`, but no class that says so
+        self.trunk: Any = _create_trunk(config) if trunk is None else trunk
         self.pooling = config.pooling
         self.prefix = getattr(self.trunk, "num_prefix_tokens", 0)
+        self.trunk.eval()
         with torch.no_grad():
-            sample = self.trunk.eval().forward_features(torch.zeros(1, 3, config.image_size, config.image_size))
+            sample = self._features(torch.zeros(1, 3, config.image_size, config.image_size))
         self.trunk.train()
         self.convolutional = sample.ndim == 4
         if not self.convolutional and config.transformer_depth:
@@ -52,7 +55,7 @@ class ImageTower(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, pixels: Tensor) -> TowerOutput:
-        features = self.trunk.forward_features(pixels)
+        features = self._features(pixels)
         prefix = self.prefix
         if self.convolutional:
             features = features.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
@@ -62,12 +65,17 @@ class ImageTower(nn.Module):
         pooled = features[:, 0] if self.pooling == "cls" else tokens.mean(dim=1)
         return TowerOutput(self.dropout(pooled), tokens)
 
+    def _features(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, N, C) of a transformer, (B, C, H, W) of a convolutional network."""
+        return self.trunk.forward_features(pixels)
+
 
 class HybridBlocks(nn.Module):
     """Transformer blocks over a convolutional map: (B, N, C) -> (B, 1 + N, W), the first token is [CLS].
 
-    The [CLS] token starts as the mean of the patches plus a learned vector, so that at the first step it carries the global average that the
-    network was pretrained with, and the blocks, whose LayerScale starts near zero, learn what to add to it.
+    The [CLS] token starts as the mean of the patches plus a learned vector, so that at the first step it carries the
+    global average that the network was pretrained with, and the blocks, whose LayerScale starts near zero, learn what
+    to add to it.
     """
 
     def __init__(self, channels: int, patches: int, config: ImageTowerConfig) -> None:

@@ -1,10 +1,11 @@
 """A saved model: one directory with config.json, model.safetensors, tokenizer.json and MODEL_CARD.md.
 
-Weights may be stored as float32, float16 or int8. In int8 every matrix of at least 4096 elements is rounded row by row to 255 levels, with one
-float16 scale a row under the name `NAME.scale`; the rest is float16. They are float32 again once loaded.
+Weights may be stored as float32, float16 or int8. In int8 every matrix of at least 4096 elements is rounded row by
+row to 255 levels, with one float16 scale a row under the name `NAME.scale`; the rest is float16. They are float32
+again once loaded.
 
-The fingerprint is a hash of the weights as stored, of the transform and of the tokenizer: equal on every machine, different for any model that
-would embed differently.
+The fingerprint is a hash of the weights as stored, of the transform and of the tokenizer: equal on every machine,
+different for any model that would embed differently.
 """
 
 import hashlib
@@ -27,14 +28,20 @@ _SCALE = ".scale"
 
 
 def save_model(
-    directory: str | Path, model: DualEncoder, tokenizer: WordPieceTokenizer, *, weights_dtype: str = "float32", card: str = ""
+    directory: str | Path,
+    model: DualEncoder,
+    tokenizer: WordPieceTokenizer,
+    *,
+    weights_dtype: str = "float32",
+    card: str = "",
 ) -> str:
     """Write a model directory (each file whole or not at all) and return its fingerprint."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     stored = _pack(model.state_dict(), weights_dtype)
-    config = {"format": FORMAT, "model": model.config.model_dump(mode="json"), "weights_dtype": weights_dtype}
-    config["model"]["text_tower"]["tokenizer"] = ""
+    settings = model.config.model_dump(mode="json")
+    settings["text_tower"]["tokenizer"] = ""
+    config = {"format": FORMAT, "model": settings, "weights_dtype": weights_dtype}
     _write(directory / "tokenizer.json", tokenizer.to_json().encode())
     _write(directory / "MODEL_CARD.md", (card or "# A COTS model\n").encode())
     _write(directory / "config.json", json.dumps(config, indent=2).encode() + b"\n")
@@ -53,25 +60,33 @@ def read_model(directory: str | Path) -> tuple[DualEncoder, WordPieceTokenizer, 
     directory = Path(directory)
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (directory / name).is_file():
-            raise ModelError(f"The model directory {directory} has no {name}; it must be one that `cots pretrain` wrote.")
+            raise ModelError(
+                f"The model directory {directory} has no {name}; it must be one that `cots pretrain` wrote."
+            )
     try:
         saved = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         format_version, values = saved["format"], saved["model"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{directory / 'config.json'} is damaged ({error}); copy or train the model again.") from error
     if format_version > FORMAT:
-        raise ModelError(f"The model {directory} has format {format_version}, newer than this version reads ({FORMAT}); upgrade cots.")
+        raise ModelError(
+            f"The model {directory} has format {format_version}, newer than this version reads ({FORMAT}); "
+            "upgrade cots."
+        )
     try:
         stored = load_file(directory / "model.safetensors")
         config = validate_config(ModelConfig, values, str(directory / "config.json"))
         model = DualEncoder(config)
         tokenizer = WordPieceTokenizer.from_file(directory / "tokenizer.json", config.text_tower.max_length)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{directory / 'model.safetensors'} is damaged ({error}); copy or train the model again.") from error
+        raise ModelError(
+            f"{directory / 'model.safetensors'} is damaged ({error}); copy or train the model again."
+        ) from error
     except ConfigError as error:
         raise ModelError(str(error)) from error
     load_weights(model, _unpack(stored), f"{directory}")
-    return model.eval(), tokenizer, fingerprint_of(stored, _transform_of(config), (directory / "tokenizer.json").read_bytes())
+    fingerprint = fingerprint_of(stored, _transform_of(config), (directory / "tokenizer.json").read_bytes())
+    return model.eval(), tokenizer, fingerprint
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], origin: str) -> None:
@@ -95,12 +110,12 @@ def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], origin: str
 
 
 def fingerprint_of(stored: dict[str, Tensor], transform: dict[str, Any], tokenizer: bytes) -> str:
-    """32 hexadecimal digits over names, types, shapes and bytes of the stored weights, the transform and the tokenizer."""
+    """32 hexadecimal digits over the stored weights (names, types, shapes, bytes), the transform and the tokenizer."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(stored):
         tensor = stored[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     digest.update(json.dumps(transform, sort_keys=True).encode())
     digest.update(tokenizer)
     return digest.hexdigest()

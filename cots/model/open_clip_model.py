@@ -14,7 +14,8 @@ from cots.model.retrieval_model import RetrievalModel
 
 
 class OpenClipModel(RetrievalModel):
-    """`open_clip:ARCH/TAG`: an architecture of open_clip and a pretrained tag of it, or a checkpoint file in the tag's place."""
+    """`open_clip:ARCH/TAG`: an architecture of open_clip and a pretrained tag of it, or a checkpoint file in the
+    tag's place."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         try:
@@ -24,24 +25,32 @@ class OpenClipModel(RetrievalModel):
         architecture, separator, tag = name.removeprefix("open_clip:").partition("/")
         known = open_clip.list_models()
         if not separator or architecture not in known:
-            raise ModelError(f"{name!r} is no open_clip model; write open_clip:ARCH/TAG with an ARCH of open_clip.list_models().")
+            raise ModelError(
+                f"{name!r} is no open_clip model; write open_clip:ARCH/TAG with an ARCH of open_clip.list_models()."
+            )
         if not Path(tag).is_file() and tag not in open_clip.list_pretrained_tags_by_model(architecture):
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
-            raise ModelError(f"open_clip has no weights {tag!r} for {architecture}; its tags: {tags}; a checkpoint file works too.")
+            raise ModelError(
+                f"open_clip has no weights {tag!r} for {architecture}; its tags: {tags}; a checkpoint file works too."
+            )
         quick_gelu = bool((open_clip.get_pretrained_cfg(architecture, tag) or {}).get("quick_gelu"))
         try:
             model = open_clip.create_model(
                 architecture, pretrained=tag, require_pretrained=True, force_quick_gelu=quick_gelu
             )
         except Exception as error:  # hub, network and pickle errors of many classes
-            raise ModelError(f"The weights of {name} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+            raise ModelError(
+                f"The weights of {name} could not be loaded: {str(error).strip().splitlines()[0]}"
+            ) from error
         self._model = model.eval().to(device)
         self._tokenizer = open_clip.get_tokenizer(architecture)
         preprocess = open_clip.get_model_preprocess_cfg(model)
         size = preprocess["size"][0] if isinstance(preprocess["size"], (tuple, list)) else preprocess["size"]
         resize = {"shortest": "crop", "squash": "squash"}.get(preprocess["resize_mode"])
         if resize is None:
-            raise ModelError(f"{name} resizes by {preprocess['resize_mode']!r}, which is not supported; choose another model.")
+            raise ModelError(
+                f"{name} resizes by {preprocess['resize_mode']!r}, which is not supported; choose another model."
+            )
         self._mean = 255 * torch.tensor(preprocess["mean"], device=device).view(1, 3, 1, 1)
         self._std = 255 * torch.tensor(preprocess["std"], device=device).view(1, 3, 1, 1)
         transform: dict[str, Any] = json.loads(json.dumps(preprocess)) | {"architecture": architecture}

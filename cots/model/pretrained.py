@@ -44,5 +44,7 @@ def model_directory(name: str) -> Path:
         if (candidate / "config.json").is_file():
             return candidate
     if path.is_dir():
-        raise ModelError(f"The directory {name} holds no model (no config.json, no best/); give one that `cots pretrain` wrote.")
+        raise ModelError(
+            f"The directory {name} holds no model (no config.json, no best/); give one that `cots pretrain` wrote."
+        )
     raise ModelError(f"There is no model {name!r}; use `embedded`, a model directory, or open_clip:ARCH/TAG.")

@@ -18,13 +18,15 @@ class RetrievalModel(ABC):
 
     Attributes:
         name: the name it was loaded by.
-        fingerprint: hash of weights, transform and tokenizer; vectors of two models can be compared only if it is equal.
+        fingerprint: hash of weights, transform and tokenizer; vectors can be compared only if it is equal.
         dimension: D of the vectors.
         device: where it computes.
         square: the exact transform of a picture.
     """
 
-    def __init__(self, name: str, fingerprint: str, dimension: int, device: torch.device, square: SquareTransform) -> None:
+    def __init__(
+        self, name: str, fingerprint: str, dimension: int, device: torch.device, square: SquareTransform
+    ) -> None:
         self.name = name
         self.fingerprint = fingerprint
         self.dimension = dimension
@@ -76,7 +78,7 @@ class CotsModel(RetrievalModel):
         image = encoder.config.image_tower
         square = SquareTransform(image.image_size, image.resize)
         super().__init__(name, fingerprint, encoder.config.embedding_dim, device, square)
-        self.encoder = encoder.eval().to(device, memory_format=torch.channels_last)
+        self.encoder = encoder.eval().to(device).to(memory_format=torch.channels_last)
         self.tokenizer = tokenizer
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The COTS objective: the weighted sum of its levels over one batch, and the state that they share (temperature, queues).
+"""The COTS objective: the weighted sum of its levels over one batch, and the state (temperature, queues) they share.
 
 A level whose weight is 0 costs nothing. Masked modelling (token level), task alignment and the noise filter join here.
 """

@@ -1,7 +1,8 @@
 """Instance level: momentum contrastive learning across the two towers.
 
-Each image is told apart from the texts of other items, and each text from their images (InfoNCE, van den Oord et al. 2018), the candidates being
-momentum features: the pair's own and the queue's (COTS, Lu et al. 2022, equations 1 to 3; MoCo, He et al. 2020).
+Each image is told apart from the texts of other items, and each text from their images (InfoNCE, van den Oord et al.
+2018), the candidates being momentum features: the pair's own and the queue's (COTS, Lu et al. 2022, equations 1 to 3;
+MoCo, He et al. 2020).
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ class PairFeatures:
     Attributes:
         image, text: (B, D) float32, unit norm, with gradient.
         item_ids: (B,) int64.
-        image_momentum, text_momentum, all_item_ids: (W*B, D), (W*B, D), (W*B,), gathered in rank order, without gradient.
+        image_momentum, text_momentum, all_item_ids: (W*B, D), (W*B, D), (W*B,), gathered in rank order, without
+            gradient.
     """
 
     image: Tensor
@@ -52,7 +54,8 @@ class ContrastiveOutput:
 
 
 class MomentumContrastive(nn.Module):
-    """InfoNCE of both directions over the queue's momentum features and, if configured, the other pairs of the batch."""
+    """InfoNCE of both directions over the queue's momentum features and, if configured, the other pairs of the
+    batch."""
 
     def __init__(self, config: ContrastiveConfig) -> None:
         super().__init__()

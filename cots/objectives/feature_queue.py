@@ -1,7 +1,7 @@
-"""The queues of momentum features: the negatives of many past batches (MoCo, He et al. 2020, section 3.2), one queue a modality.
+"""The queues of momentum features, one a modality: the negatives of many past batches (MoCo, He et al. 2020, 3.2).
 
-Both queues share pointer and fill, so that row j of both comes from the same pair, and every row knows the item it came from: another caption of
-the same picture is never a negative.
+Both queues share pointer and fill, so that row j of both comes from the same pair, and every row knows the item it
+came from: another caption of the same picture is never a negative.
 """
 
 import torch

@@ -19,8 +19,8 @@ def gather(local: Tensor) -> Tensor:
 def gather_with_gradient(local: Tensor) -> Tensor:
     """As `gather`; the gradient of every rank's loss flows back to the rank that owns the row.
 
-    With the losses averaged over local rows and the parameters' gradients averaged over ranks (DistributedDataParallel), the result is the
-    gradient of the joined batch.
+    With the losses averaged over local rows and the parameters' gradients averaged over ranks
+    (DistributedDataParallel), the result is the gradient of the joined batch.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return local

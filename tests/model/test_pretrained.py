@@ -66,12 +66,17 @@ def test_the_fingerprint_changes_with_weights_transform_and_tokenizer(
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-5), ("int8", 2e-3)])
-def test_compact_storage_hardly_moves_the_embeddings(tiny_model_dir: Path, tmp_path: Path, dtype: str, tolerance: float) -> None:
+def test_compact_storage_hardly_moves_the_embeddings(
+    tiny_model_dir: Path, tmp_path: Path, dtype: str, tolerance: float
+) -> None:
     encoder, tokenizer, _ = read_model(tiny_model_dir)
     save_model(tmp_path, encoder, tokenizer, weights_dtype=dtype)
     assert (tmp_path / "model.safetensors").stat().st_size < (tiny_model_dir / "model.safetensors").stat().st_size
     pixels = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
-    full, compact = load_model(str(tiny_model_dir)).encode_images(pixels), load_model(str(tmp_path)).encode_images(pixels)
+    full, compact = (
+        load_model(str(tiny_model_dir)).encode_images(pixels),
+        load_model(str(tmp_path)).encode_images(pixels),
+    )
     assert (1 - (full * compact).sum(dim=1)).max() < tolerance
 
 
@@ -134,11 +139,17 @@ def open_clip_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_open_clip_model_embeds_as_open_clip_does(open_clip_checkpoint: Path) -> None:
     model = load_model(f"open_clip:cots-test-tiny/{open_clip_checkpoint}", device="cpu")
-    reference, _, preprocess = open_clip.create_model_and_transforms("cots-test-tiny", pretrained=str(open_clip_checkpoint))
+    reference, _, preprocess = open_clip.create_model_and_transforms(
+        "cots-test-tiny", pretrained=str(open_clip_checkpoint)
+    )
     reference.eval()
     generator = torch.Generator().manual_seed(3)
     noise = torch.randint(0, 256, (80, 120, 3), generator=generator, dtype=torch.uint8).numpy()
-    for image in (Image.fromarray(noise).resize((321, 200)), Image.fromarray(noise), Image.fromarray(noise).resize((45, 333))):
+    for image in (
+        Image.fromarray(noise).resize((321, 200)),
+        Image.fromarray(noise),
+        Image.fromarray(noise).resize((45, 333)),
+    ):
         ours = model.encode_images(model.transform(image)[None])
         with torch.inference_mode():
             theirs = reference.encode_image(preprocess(image)[None], normalize=True)

@@ -39,7 +39,7 @@ def _naive_losses(batch: PairFeatures, queue: FeatureQueue, temperature: float, 
                 candidates += [others[j] for j, other in enumerate(batch.item_ids.tolist()) if other != item]
             filled = range(int(queue.fill))
             candidates += [rows[j] for j in filled if queue.item_ids[j].item() != item]
-            scores = [float(anchor @ candidate) / temperature for candidate in candidates]
+            scores = [(anchor @ candidate).item() / temperature for candidate in candidates]
             loss += math.log(sum(math.exp(score) for score in scores)) - scores[0]
         losses.append(loss / 2)
     return losses
