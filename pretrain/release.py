@@ -1,17 +1,22 @@
-"""Turn a training output into a model that ships: compact weights, and a card with figures measured on what ships.
+"""Turn a training output into a model that ships: compact weights, centred embeddings, and a card with figures measured on what ships.
 
 python -m pretrain.release runs/cots_mini --out cots/assets/model --notes docs/embedded_model.md
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import yaml
+from torch import Tensor
 
 from cots.config import PretrainConfig, validate_config
 from cots.evaluation.evaluate import evaluate
 from cots.model.model_directory import read_model, save_model
 from cots.model.pretrained import load_model, model_directory
+from cots.model.retrieval_model import RetrievalModel
+from pretrain.loader import PairSource, open_source
 from pretrain.model_card import model_card
 
 
@@ -25,10 +30,26 @@ def release(run: Path, out: Path, notes: str = "") -> str:
     )
     encoder, tokenizer, _ = read_model(model_directory(str(run)))
     save_model(out, encoder, tokenizer, weights_dtype="int8")
+    images, texts = centers(load_model(str(out)), [open_source(source) for source in config.data.train])
+    encoder.image_center.copy_(images)
+    encoder.text_center.copy_(texts)
+    save_model(out, encoder, tokenizer, weights_dtype="int8")
     model = load_model(str(out))
     results = {source.path: evaluate(source.path, model).directions for source in config.data.validation}
     card = model_card(config.model_copy(update={"model": encoder.config}), results, notes)
     return save_model(out, encoder, tokenizer, weights_dtype="int8", card=card)
+
+
+def centers(model: RetrievalModel, sources: Sequence[PairSource], every: int = 10) -> tuple[Tensor, Tensor]:
+    """The mean embedding of the images and of the texts of every tenth training pair: two (D,) vectors, of norm < 1."""
+    images, texts = [], []
+    for source in sources:
+        for index in range(0, len(source), every):
+            pair = source.read(index)
+            frame = pair.frames(4)[0]
+            images.append(model.encode_images(model.transform(frame)[None]))
+            texts.append(model.encode_texts([pair.captions[index % len(pair.captions)]]))
+    return torch.cat(images).mean(dim=0), torch.cat(texts).mean(dim=0)
 
 
 if __name__ == "__main__":

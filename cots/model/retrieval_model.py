@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from threading import Lock
 
 import torch
 from PIL import Image
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from cots.data.transforms import SquareTransform
 from cots.model.dual_encoder import DualEncoder
+from cots.model.folding import fold_batch_norms
 from cots.model.text_tower import WordPieceTokenizer
 
 
@@ -80,8 +82,15 @@ class CotsModel(RetrievalModel):
         super().__init__(name, fingerprint, encoder.config.embedding_dim, device, square)
         self.encoder = encoder.eval().to(device).to(memory_format=torch.channels_last)
         self.tokenizer = tokenizer
+        self._folding = Lock()
+        self._folded = False
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
+        with self._folding:  # at the first picture, which a search by words never brings
+            if not self._folded:
+                sample = torch.rand(1, 3, self.image_size, self.image_size, device=self.device)
+                self.encoder.image_tower = fold_batch_norms(self.encoder.image_tower, sample)
+                self._folded = True
         return self.encoder.encode_image(pixels.contiguous(memory_format=torch.channels_last)).embedding
 
     def _encode_sentences(self, texts: list[str]) -> Tensor:
