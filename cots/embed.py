@@ -15,10 +15,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -34,11 +32,12 @@ from cots.data.video_io import read_frames
 from cots.errors import MediaError, SourceError
 from cots.model.retrieval_model import RetrievalModel
 from cots.moments import Moment, pool_video
+from cots.single_core import single_core_threads
 
 FRAME_SECONDS = 1.0
 MIN_FRAMES = 4
 MAX_FRAMES = 600
-CPU_BATCH = 8
+CPU_BATCH = 4
 GPU_BATCH = 64
 DECODED_AHEAD = 16
 ENOUGH_TO_JUDGE = 20
@@ -119,7 +118,7 @@ def embed(
         samples: what to embed; read only as far ahead as the decoders are.
         model: encodes the pictures.
         on_error: called with each sample that cannot be read, in order.
-        batch_size: pictures that the model encodes at once. By default 64 on a GPU and 8 on a CPU, whose caches do
+        batch_size: pictures that the model encodes at once. By default 64 on a GPU and 4 on a CPU, whose caches do
             not hold the activations of more.
         workers: decoding threads; by default one a core.
         max_bad_share: the share of unreadable samples (judged from the twentieth on) above which the run stops; 1 never
@@ -343,7 +342,9 @@ def _encode(
             yield ready, vectors[: len(ready.pixels)]
             vectors = vectors[len(ready.pixels) :]
 
-    with _encoders(model) as (pool, threads):
+    # On a CPU each batch is one core's; a GPU has one thread, which feeds it while the next batch is gathered.
+    threads = torch.get_num_threads() if model.device.type == "cpu" else 1
+    with single_core_threads(threads, "encode") as pool:
         for sample in decoded:
             waiting.append(sample)
             pixels.append(sample.pixels)
@@ -356,32 +357,6 @@ def _encode(
             batches.append(pool.submit(model.encode_images, take(queued)))
         while batches:
             yield from settle()
-
-
-@contextmanager
-def _encoders(model: RetrievalModel) -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    """Threads that encode, and how many: one for a GPU; on a CPU one a core, each computing alone.
-
-    A small batch on one core stays in its caches and waits for nobody. One batch on all cores waits at the end of every
-    operator for the slowest of them, which is whichever a decoder or another program has just taken.
-    """
-    if model.device.type != "cpu":
-        with ThreadPoolExecutor(1, thread_name_prefix="encode") as pool:
-            yield pool, 1
-        return
-    threads = torch.get_num_threads()
-    started = Barrier(threads + 1)
-
-    def compute_alone() -> None:
-        torch.set_num_threads(1)  # holds for this thread, and for those that first use torch from here on
-        started.wait()
-
-    with ThreadPoolExecutor(threads, thread_name_prefix="encode") as pool:
-        for _ in range(threads):
-            pool.submit(compute_alone)
-        started.wait()
-        torch.set_num_threads(threads)
-        yield pool, threads
 
 
 def _pool(decoded: _Decoded, frames: np.ndarray) -> Embedded:

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from cots.errors import GalleryError
+from cots.single_core import single_core_threads
 from index.exact import ExactIndex
 from index.gallery import Gallery
 
@@ -89,6 +90,7 @@ class Searcher:
         self.model = model
         self.snapshot = gallery.snapshot
         self.index = ExactIndex(self.snapshot.vectors, self.snapshot.ids)
+        self._sentences = single_core_threads(1, "sentences")
 
     def search(
         self,
@@ -130,7 +132,8 @@ class Searcher:
     def _encode(self, text: str, image: Image.Image | None, without: str, like: int | None) -> np.ndarray:
         """The wishes as one vector (D,) float32 of unit norm."""
         wishes: list[np.ndarray] = []
-        texts = self.model.encode_texts([sentence for sentence in (text, without) if sentence]).numpy()
+        sentences = [sentence for sentence in (text, without) if sentence]
+        texts = self._sentences.submit(self.model.encode_texts, sentences).result().numpy()
         if text:
             wishes.append(texts[0])
         if image is not None:
