@@ -1,6 +1,7 @@
 """The `cots` command. Each command imports what it needs when it runs, so that `cots --help` is quick."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from cots.errors import CotsError
 
@@ -17,7 +19,19 @@ if TYPE_CHECKING:
     from cots.embed import Progress
     from cots.errors import MediaError
 
+
+class _Command(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """As typer's own, which ends silently on Ctrl-C."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("Interrupted.", err=True)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Command,
     help="Find images and moments of video by meaning.",
     no_args_is_help=True,
     add_completion=False,
@@ -53,12 +67,6 @@ def main() -> None:
         app()
     except CotsError as error:
         print(f"Error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
         sys.exit(1)
 
 
@@ -195,7 +203,11 @@ def embed(
         embedded = embed_samples(
             samples, encoder, on_error=complain, batch_size=batch_size, total=len(samples), progress=progress
         )
-        rows = write_parquet(out, embedded, encoder)
+        try:
+            rows = write_parquet(out, embedded, encoder)
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise CotsError(f"The vectors cannot be written to {out}: {reason}.") from error
     typer.echo(f"{rows} vectors of {encoder.dimension} dimensions written to {out}.")
 
 
@@ -328,3 +340,7 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(seconds, 60)
     return f"{int(minutes)}:{rest:04.1f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -233,6 +233,8 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConf
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"The configuration {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The configuration {path} is not a UTF-8 text file; give a YAML file.") from error
     try:
         values = yaml.safe_load(os.path.expandvars(text)) or {}
     except yaml.YAMLError as error:

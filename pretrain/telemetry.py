@@ -1,6 +1,7 @@
 """What a run says of itself: a progress line or bar on stderr, and one JSON object a line in log.jsonl."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -35,7 +36,8 @@ class Telemetry:
         self._scalars: dict[str, list[torch.Tensor]] = {}
         if not active:
             return
-        self._file = (run / "log.jsonl").open("a", encoding="utf-8")
+        # a run that starts from nothing leaves no rows of one that was stopped before its first checkpoint
+        self._file = (run / "log.jsonl").open("a" if first_step else "w", encoding="utf-8")
         self._console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.completed}/{task.total} steps"),
@@ -93,6 +95,12 @@ class Telemetry:
             self._file.close()
 
     def _write(self, row: dict[str, Any]) -> None:
-        rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
-        self._file.write(json.dumps(rounded) + "\n")
+        self._file.write(json.dumps({name: _plain(value) for name, value in row.items()}, allow_nan=False) + "\n")
         self._file.flush()
+
+
+def _plain(value: Any) -> Any:
+    """A float to six digits; one that is not finite, for which JSON has no word, as null."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None

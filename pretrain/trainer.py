@@ -35,6 +35,9 @@ from pretrain.start import starting_encoder, starting_tokenizer
 from pretrain.telemetry import Telemetry
 from pretrain.validation import Validation, criterion
 
+# the order of the samples and the saved averages hang on these
+_KEPT_ON_RESUMING = ("batch_size", "seed", "averaging")
+
 
 def pretrain(config: PretrainConfig) -> Path:
     """Train a model as configured; returns the run directory.
@@ -62,7 +65,7 @@ class Run:
             raise ConfigError(f"training.batch_size {training.batch_size} does not divide among {ranks.count} ranks.")
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.directory = Path(training.output)
-        checkpoint = _prepare_directory(self.directory, config, ranks)
+        checkpoint = _checkpoint_to_resume(self.directory, training.resume)
 
         torch.manual_seed(training.seed)  # the same weights on every rank
         self.tokenizer: WordPieceTokenizer = starting_tokenizer(config)
@@ -92,6 +95,9 @@ class Run:
         torch.manual_seed(training.seed + 1 + ranks.rank)  # other dropout on every rank
         if checkpoint is not None:
             self._restore(checkpoint)
+        if ranks.first:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            (self.directory / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         image = config.model.image_tower
         self.validation = (
             Validation(
@@ -109,6 +115,8 @@ class Run:
         """Take every step that is left."""
         config, training = self.config, self.config.training
         self.telemetry.say(self._introduction())
+        if training.resume and self.step == 0:
+            self.telemetry.say(f"{self.directory} holds no checkpoint to go on from; this run starts from nothing.")
         loader = training_loader(
             self.sources,
             config.data,
@@ -238,9 +246,16 @@ class Run:
 
     def _restore(self, path: Path) -> None:
         state = read_checkpoint(path)
+        before, now = state["config"], self.config.model_dump(mode="json")
         for section in ("model", "data", "objective", "optimizer"):
-            if state["config"][section] != self.config.model_dump(mode="json")[section]:
+            if before[section] != now[section]:
                 raise ConfigError(f"{path} was trained with another {section!r} section; start a new training.output.")
+        for name in _KEPT_ON_RESUMING:
+            if before["training"][name] != now["training"][name]:
+                raise ConfigError(
+                    f"{path} was trained with training.{name}={before['training'][name]}, not {now['training'][name]}; "
+                    "give the same value or start a new training.output."
+                )
         self.encoder.load_state_dict(state["encoder"])
         self.momentum.network.load_state_dict(state["momentum"])
         if self.average is not None:
@@ -281,14 +296,15 @@ def _uses_bf16(precision: str, device: torch.device) -> bool:
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
-def _prepare_directory(directory: Path, config: PretrainConfig, ranks: Ranks) -> Path | None:
-    """Make the run directory; returns the checkpoint to go on from, if it is to be resumed."""
+def _checkpoint_to_resume(directory: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from, if there is one.
+
+    Raises:
+        ConfigError: there is one, but it is not to be resumed.
+    """
     checkpoint = latest_checkpoint(directory)
-    if checkpoint is not None and not config.training.resume:
+    if checkpoint is not None and not resume:
         raise ConfigError(
             f"{directory} holds a run already; go on with training.resume=true or choose another training.output."
         )
-    if ranks.first:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     return checkpoint

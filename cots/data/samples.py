@@ -10,6 +10,7 @@ once, damage further inside when it is decoded.
 import glob
 import io
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,14 +152,14 @@ def _walk(folder: str, label: str, on_error: OnError) -> Iterator[_Entry]:
     while pending:
         current = pending.pop()
         try:
-            stat = os.stat(current)
+            status = os.stat(current)
             names = sorted(os.listdir(current))
         except OSError as error:
             on_error(MediaError(current, (error.strerror or str(error)).lower()))
             continue
-        if (stat.st_dev, stat.st_ino) in visited:
+        if (status.st_dev, status.st_ino) in visited:
             continue
-        visited.add((stat.st_dev, stat.st_ino))
+        visited.add((status.st_dev, status.st_ino))
         paths = [os.path.join(current, name) for name in names if not name.startswith(".")]
         folders = {path for path in paths if os.path.isdir(path)}
         for path in paths:
@@ -198,8 +199,11 @@ def _from_file(
         return open(path, "rb")
 
     try:
+        if not _may_be_read(os.stat(path).st_mode):
+            on_error(MediaError(path, "not a file but a pipe, a socket or a device" + suffix))
+            return
         with opened() as file:
-            stat = os.fstat(file.fileno())
+            status = os.fstat(file.fileno())
             header = file.read(HEADER_BYTES)
         kind = sniff(header, _extension(path), opened)
     except OSError as error:
@@ -208,7 +212,12 @@ def _from_file(
     if kind is None:
         on_error(MediaError(path, _not_media(header) + suffix))
         return
-    yield Sample(path, kind, captions, source, extra, stat.st_size, stat.st_mtime)
+    yield Sample(path, kind, captions, source, extra, status.st_size, status.st_mtime)
+
+
+def _may_be_read(mode: int) -> bool:
+    """Whether opening it cannot wait for another program; a folder's own error says what it is."""
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
 
 def _not_media(header: bytes) -> str:

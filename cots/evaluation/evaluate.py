@@ -83,7 +83,8 @@ def evaluate(
 
     Raises:
         SourceError: the file cannot be used as a source.
-        EvaluationError: an item has no caption, images and videos are mixed, or too many items are unreadable.
+        EvaluationError: a row is damaged, an item has no caption, images and videos are mixed, or too many items are
+            unreadable.
     """
     problems: list[MediaError] = []
     captions_of, samples = _read_items(Path(file), problems)
@@ -157,8 +158,11 @@ def _read_items(file: Path, problems: list[MediaError]) -> tuple[dict[str, tuple
     if file.suffix[1:].lower() not in TABLE_EXTENSIONS:
         return {sample.path: sample.captions for sample in samples}, samples
     captions_of: dict[str, tuple[str, ...]] = {}
-    for row in read_table(file, lambda _: None):
+    bad_rows: list[MediaError] = []
+    for row in read_table(file, bad_rows.append):
         captions_of[row.path] = tuple(dict.fromkeys((*captions_of.get(row.path, ()), *row.captions)))
+    if bad_rows:
+        raise EvaluationError(f"{len(bad_rows)} rows cannot be used, the first: {bad_rows[0]}; mend the file.")
     return captions_of, samples
 
 

@@ -98,6 +98,14 @@ def test_bad_files_are_named_and_the_rest_goes_on(picture: bytes, tmp_path: Path
     }
 
 
+def test_a_pipe_is_named_and_not_waited_for(picture: bytes, tmp_path: Path) -> None:
+    (tmp_path / "good.jpg").write_bytes(picture)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    samples, errors = collect(tmp_path)
+    assert names(samples, tmp_path) == ["good.jpg"]
+    assert [error.reason for error in errors] == ["not a file but a pipe, a socket or a device"]
+
+
 def test_links_to_folders_are_followed_once(picture: bytes, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real/a.jpg").write_bytes(picture)
