@@ -97,6 +97,11 @@ class Manifest:
         """
         if fingerprint == self.fingerprint:
             return
+        if _findable(model) == self.model:
+            raise GalleryError(
+                f"The model {model!r} has changed ({fingerprint[:8]}) since it built the gallery {directory} "
+                f"({self.fingerprint[:8]}); build it again: cots index build SOURCE --gallery NEW --model {model}"
+            )
         ours, theirs = f"{self.model!r} ({self.fingerprint[:8]})", f"{model!r} ({fingerprint[:8]})"
         raise GalleryError(
             f"The gallery {directory} was built by the model {ours}, not by {theirs}; "

@@ -64,6 +64,14 @@ def test_another_model_is_refused_by_name(
         build([photos], gallery.directory, tiny_model)
 
 
+def test_a_model_that_changed_under_its_name_is_refused(
+    gallery: Gallery, tiny_model: RetrievalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_model, "fingerprint", "0" * 32)
+    with pytest.raises(GalleryError, match=r"has changed \(00000000\) since it built the gallery .* build it again"):
+        gallery.search("a dog", model=tiny_model)
+
+
 def test_the_python_face_loads_the_model_of_the_manifest(gallery: Gallery, tiny_model: RetrievalModel) -> None:
     opened = cots.open_gallery(gallery.directory)
     result = opened.search("a red truck", k=3)
