@@ -1,6 +1,7 @@
-"""Turn a training output into a model that ships: compact weights, centred embeddings, and a card with figures measured on what ships.
+"""Turn a training output into a model that ships: compact weights, centred embeddings, and a measured card.
 
-python -m pretrain.release runs/cots_mini --out cots/assets/model --notes docs/embedded_model.md
+python -m pretrain.release runs/cots_mini --out cots/assets/model
+    --validation data/flickr8k/val-000000.tar --notes docs/embedded_model.md
 """
 
 import argparse
@@ -20,8 +21,8 @@ from pretrain.loader import PairSource, open_source
 from pretrain.model_card import model_card
 
 
-def release(run: Path, out: Path, notes: str = "") -> str:
-    """Write `out` from a run's best model and measure it on the run's validation sources; returns the fingerprint.
+def release(run: Path, out: Path, validation: Sequence[str], notes: str = "") -> str:
+    """Write `out` from a run's best model and measure it on validation sources; returns the fingerprint.
 
     The config.yaml of the run says what it was trained on; `notes` is put at the end of the card.
     """
@@ -35,7 +36,7 @@ def release(run: Path, out: Path, notes: str = "") -> str:
     encoder.text_center.copy_(texts)
     save_model(out, encoder, tokenizer, weights_dtype="int8")
     model = load_model(str(out))
-    results = {source.path: evaluate(source.path, model).directions for source in config.data.validation}
+    results = {source: evaluate(source, model).directions for source in validation}
     card = model_card(config.model_copy(update={"model": encoder.config}), results, notes)
     return save_model(out, encoder, tokenizer, weights_dtype="int8", card=card)
 
@@ -56,7 +57,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--validation", nargs="+", required=True, help="captioned sources, none used for training")
     parser.add_argument("--notes", type=Path)
     arguments = parser.parse_args()
     text = arguments.notes.read_text(encoding="utf-8") if arguments.notes else ""
-    print(release(arguments.run, arguments.out, text))
+    print(release(arguments.run, arguments.out, arguments.validation, text))

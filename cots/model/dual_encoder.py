@@ -46,9 +46,9 @@ class Projection(nn.Module):
 class DualEncoder(nn.Module):
     """An image tower and a text tower with projections to a shared unit sphere.
 
-    Images and texts of a trained model lie in different parts of the sphere (the modality gap, Liang et al. 2022), and whatever lies near the
-    middle of its part is everybody's neighbour. `image_center` and `text_center`, zero in training and set when a model is released, are
-    subtracted from the unit vectors before they are made unit again.
+    Images and texts of a trained model lie in different parts of the sphere (the modality gap, Liang et al. 2022), and
+    whatever lies near the middle of its part is everybody's neighbour. `image_center` and `text_center`, zero in
+    training and set when a model is released, are subtracted from the unit vectors before they are made unit again.
     """
 
     image_center: Tensor

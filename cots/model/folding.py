@@ -1,6 +1,7 @@
-"""Batch normalisation folded into the convolution before it: the same function for a trained network, with a third of the passes over memory."""
+"""Batch normalisation folded into the convolution before it: the same function, with fewer passes over memory."""
 
 import copy
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -9,10 +10,11 @@ from cots.model.image_tower import ImageTower
 
 
 def fold_batch_norms(network: ImageTower, sample: torch.Tensor, tolerance: float = 1e-3) -> ImageTower:
-    """A copy of an image tower in which every batch norm that directly follows a convolution is folded into it.
+    """A copy of an image tower, each batch norm that directly follows a convolution folded into it.
 
-    Modules are paired by the order of their definition; since a network may compute in another order, the copy is compared with the original on
-    `sample`, and the original is returned if they differ by more than `tolerance` (relative, of the norm).
+    Modules are paired by the order of their definition; since a network may compute in another order, the copy is
+    compared with the original on `sample`, and the original is returned if they differ by more than `tolerance` (of the
+    norm).
 
     Args:
         network: in evaluation mode.
@@ -21,7 +23,7 @@ def fold_batch_norms(network: ImageTower, sample: torch.Tensor, tolerance: float
     folded = copy.deepcopy(network)
     for parent in list(folded.modules()):
         children = list(parent.named_children())
-        for (_, first), (name, second) in zip(children, children[1:]):
+        for (_, first), (name, second) in pairwise(children):
             if (
                 isinstance(first, nn.Conv2d)
                 and isinstance(second, nn.BatchNorm2d)
@@ -50,4 +52,3 @@ def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
         convolution.weight.detach() * scale.detach().view(-1, 1, 1, 1), requires_grad=False
     )
     convolution.bias = nn.Parameter(shift.detach(), requires_grad=False)
-
