@@ -162,8 +162,9 @@ def embed(
             done += 1
             yield embedded
         else:
-            failed += 1
-            on_error(MediaError(decoded.sample.path, f"the model {model.name} gives it no finite vector"))
+            last = MediaError(decoded.sample.path, f"the model {model.name} gives it no finite vector")
+            read, failed = read - 1, failed + 1
+            on_error(last)
         tell()
     if last is not None:
         _judge(failed, read + failed, max_bad_share, last, enough=1)

@@ -123,6 +123,8 @@ def test_a_vector_that_is_not_finite_is_an_error(
     results = list(embed(mixed, tiny_model, on_error=errors.append, batch_size=100))
     assert [error.path for error in errors] == [mixed[1].path]
     assert [result.sample for result in results] == [mixed[0], *mixed[2:]]
+    with pytest.raises(SourceError, match="1 of 11 files"):
+        list(embed(mixed, tiny_model, on_error=errors.append, batch_size=100, max_bad_share=0))
 
 
 def test_too_many_bad_items_stop_the_run(tmp_path: Path, tiny_model: RetrievalModel) -> None:
