@@ -7,6 +7,7 @@ the configuration.
 
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -53,8 +54,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and I/O errors of many classes
+        # torch's message on a foreign pickle is a page that advises to load it unsafely
+        reason = (
+            "no PyTorch file" if isinstance(error, UnpicklingError | EOFError) else str(error).strip().splitlines()[0]
+        )
         raise TrainingError(
-            f"The checkpoint {path} is damaged ({error}); remove it to go on from an earlier one."
+            f"The checkpoint {path} is damaged ({reason}); remove it to go on from an earlier one."
         ) from error
 
 

@@ -4,11 +4,12 @@ import io
 import itertools
 import json
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from cots.config import ModelConfig, PretrainConfig
@@ -16,6 +17,15 @@ from cots.config import ModelConfig, PretrainConfig
 COLORS = {"red": (220, 30, 30), "green": (30, 180, 50), "blue": (40, 60, 220), "yellow": (235, 220, 40)}
 SHAPES = ("square", "ball", "boat")
 GROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small only wait for each other's threads, minutes long when the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _picture(color: str, shape: str, ground: str, random: np.random.Generator) -> bytes:

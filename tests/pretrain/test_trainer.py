@@ -126,6 +126,19 @@ def test_a_run_is_not_overwritten(make_config: MakeConfig) -> None:
     )
     with pytest.raises(ConfigError, match="another 'optimizer' section"):
         pretrain(changed)
+    other_batches = config.training.model_copy(update={"resume": True, "batch_size": 4})
+    with pytest.raises(ConfigError, match=r"trained with training\.batch_size=8, not 4"):
+        pretrain(config.model_copy(update={"training": other_batches}))
+    written = yaml.safe_load((Path(config.training.output) / "config.yaml").read_text())
+    assert written == config.model_dump(mode="json")  # what was refused is not noted as what was trained
+
+
+def test_a_run_without_a_checkpoint_is_resumed_from_nothing(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture
+) -> None:
+    run = pretrain(make_config(training={"resume": True, "epochs": 1}))
+    assert "holds no checkpoint to go on from; this run starts from nothing" in capsys.readouterr().err
+    assert _rows(run)[0]["step"] == 1
 
 
 def test_bad_samples_are_named_and_too_many_end_the_run(

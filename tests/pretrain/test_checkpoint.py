@@ -1,0 +1,56 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from cots.errors import TrainingError
+from pretrain.checkpoint import (
+    latest_checkpoint,
+    random_state,
+    read_checkpoint,
+    restore_random_state,
+    save_checkpoint,
+)
+
+
+def test_the_last_few_are_kept_and_the_newest_is_found(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path) is None
+    for step in (9, 10, 100, 1000):
+        save_checkpoint(tmp_path, {"step": step}, step, keep=2)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000100.pt", "step-00001000.pt"]
+    newest = latest_checkpoint(tmp_path)
+    assert newest is not None
+    assert read_checkpoint(newest) == {"step": 1000}
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, {"weights": torch.randn(1000)}, 1, keep=1)
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"not a checkpoint"):
+        path.write_bytes(damaged)
+        with pytest.raises(
+            TrainingError, match=r"step-00000001\.pt is damaged .*remove it to go on from an earlier one"
+        ):
+            read_checkpoint(path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, {"step": 1}, 1, keep=1)
+    (tmp_path / "checkpoints" / "step-00000002.tmp").symlink_to("/dev/full")  # a disk that is full
+    with pytest.raises(TrainingError, match=r"step-00000002\.pt cannot be written .*the earlier ones are intact"):
+        save_checkpoint(tmp_path, {"step": 2}, 2, keep=1)
+    newest = latest_checkpoint(tmp_path)
+    assert newest is not None
+    assert read_checkpoint(newest) == {"step": 1}
+
+
+def test_the_random_state_comes_back() -> None:
+    torch.manual_seed(5)
+    states = random_state()
+    drawn = torch.rand(4)
+    restore_random_state(states, 0)
+    assert torch.equal(torch.rand(4), drawn)
+    with pytest.raises(TrainingError, match="written by 1 ranks"):
+        restore_random_state(states, 1)

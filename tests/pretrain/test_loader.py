@@ -1,0 +1,146 @@
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cots.config import DataConfig, SourceConfig
+from cots.errors import SourceError, TrainingError
+from cots.model.text_tower import WordPieceTokenizer
+from pretrain.loader import Batch, StepSampler, epoch_order, open_source, steps_per_epoch, training_loader
+
+LENGTHS, WEIGHTS = (10, 7, 4), (1.0, 2.5, 0.5)
+
+
+def _steps(seed: int = 0, rank: int = 0, ranks: int = 1, first: int = 0) -> list[list[tuple[int, int]]]:
+    sampler = StepSampler(LENGTHS, WEIGHTS, batch_size=6, steps=20, seed=seed, rank=rank, ranks=ranks)
+    sampler.first_step = first
+    assert len(sampler) == 20 - first
+    return list(sampler)
+
+
+@pytest.mark.parametrize("epoch", range(4))
+def test_an_epoch_has_each_sample_as_often_as_its_weight_says(epoch: int) -> None:
+    counts = Counter(epoch_order(LENGTHS, WEIGHTS, 0, epoch).tolist())
+    assert [counts[index] for index in range(10)] == [1] * 10
+    assert sorted(counts[index] for index in range(10, 17)) == [2, 2, 2, 3, 3, 3, 3]  # round(17.5) = 18
+    assert sorted(counts[index] for index in range(17, 21)) == [0, 0, 1, 1]
+
+
+def test_epochs_and_seeds_have_other_orders_and_fractions() -> None:
+    orders = {tuple(epoch_order(LENGTHS, WEIGHTS, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+    assert np.array_equal(epoch_order(LENGTHS, WEIGHTS, 1, 2), epoch_order(LENGTHS, WEIGHTS, 1, 2))
+    halves = {frozenset(i for i in epoch_order(LENGTHS, WEIGHTS, 0, epoch).tolist() if i >= 17) for epoch in range(9)}
+    assert len(halves) > 1
+
+
+def test_steps_of_an_epoch_are_slices_of_its_order() -> None:
+    per_epoch = steps_per_epoch(LENGTHS, WEIGHTS, 6)
+    assert per_epoch == 5  # 30 samples
+    steps = _steps()
+    for epoch in range(4):
+        taken = [index for step in steps[epoch * 5 : epoch * 5 + 5] for _, index in step]
+        assert taken == epoch_order(LENGTHS, WEIGHTS, 0, epoch).tolist()
+    places = [place for step in steps for place, _ in step]
+    assert places == list(range(120))  # what augmentation is drawn from never repeats
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_partition_every_global_batch(ranks: int) -> None:
+    parts = zip(*(_steps(rank=rank, ranks=ranks) for rank in range(ranks)))
+    together = [[sample for share in shares for sample in share] for shares in parts]
+    assert together == _steps()
+
+
+def test_a_loader_that_starts_at_a_step_goes_on_as_one_that_came_there() -> None:
+    for first in (0, 3, 5, 12, 20):
+        assert _steps(first=first) == _steps()[first:]
+
+
+def test_an_epoch_smaller_than_a_batch_is_refused() -> None:
+    with pytest.raises(SourceError, match=r"5 samples, fewer than a batch of 6; lower training\.batch_size"):
+        steps_per_epoch([10], [0.5], 6)
+
+
+@pytest.fixture
+def batches(shards: Path, vocabulary_file: Path) -> Callable[..., list[Batch]]:
+    def load(
+        workers: int = 0, first_step: int = 0, rank: int = 0, ranks: int = 1, path: Path | None = None
+    ) -> list[Batch]:
+        config = DataConfig(
+            train=[SourceConfig(path=str(path or shards / "train-*.tar"))], captions_per_item=2, workers=workers
+        )
+        loader = training_loader(
+            [open_source(source) for source in config.train],
+            config,
+            WordPieceTokenizer.from_file(vocabulary_file, 16),
+            32,
+            batch_size=8,
+            steps=7,
+            first_step=first_step,
+            seed=3,
+            rank=rank,
+            ranks=ranks,
+            pin_memory=False,
+        )
+        return list(loader)
+
+    return load
+
+
+def _equal(one: Batch, other: Batch) -> bool:
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("pixels", "token_ids", "item_ids"))
+
+
+def test_batches_are_the_same_for_any_workers_ranks_and_start(batches: Callable[..., list[Batch]]) -> None:
+    torch.manual_seed(1)
+    whole = batches()
+    torch.manual_seed(2)  # the state of the process does not matter
+    assert whole[0].pixels.shape == (8, 3, 32, 32)
+    assert whole[0].token_ids.shape == (16, 16)
+    assert whole[0].item_ids.shape == (8,)
+    for others in (batches(workers=2), batches(first_step=4)):
+        assert all(_equal(one, other) for one, other in zip(whole[-len(others) :], others, strict=True))
+    for one, first, second in zip(whole, batches(rank=0, ranks=2), batches(rank=1, ranks=2), strict=True):
+        for name in ("pixels", "token_ids", "item_ids"):
+            assert torch.equal(getattr(one, name), torch.cat([getattr(first, name), getattr(second, name)]))
+    # an item that comes again is augmented anew
+    seen: dict[int, torch.Tensor] = {}
+    for batch in whole:
+        for item, pixels in zip(batch.item_ids.tolist(), batch.pixels):
+            assert not torch.equal(pixels, seen.get(item, torch.zeros_like(pixels)))
+            seen[item] = pixels
+
+
+def test_loading_leaves_the_global_generator_alone(batches: Callable[..., list[Batch]]) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    batches()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_bad_sample_is_named_and_another_stands_in(
+    batches: Callable[..., list[Batch]], shape_shard: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = shape_shard(tmp_path / "a.tar", {"bad.png": b"no picture", "bad.json": b'{"captions": ["a dog"]}'})
+    loaded = batches(path=path)
+    bad = {(name.rpartition("::")[2], reason) for batch in loaded for name, reason in batch.bad}
+    assert [name for name, _ in bad] == ["bad"]
+    assert "not an image" in bad.pop()[1]
+    assert all(len(batch.item_ids) == 8 for batch in loaded)
+
+
+def test_nothing_but_bad_samples_ends_the_training(
+    batches: Callable[..., list[Batch]], tmp_path: Path, shards: Path
+) -> None:
+    table = tmp_path / "pairs.jsonl"
+    rows = []
+    for number in range(9):
+        (tmp_path / f"{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing more")
+        rows.append(f'{{"path": "{number}.png", "caption": "a dog"}}\n')
+    table.write_text("".join(rows))
+    with pytest.raises(TrainingError, match="16 samples in a row could not be read"):
+        batches(path=table)

@@ -1,0 +1,114 @@
+from pathlib import Path
+
+import pytest
+
+from cots.config import PretrainConfig, read_config
+from cots.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+
+
+def _config(path: Path, text: str, *overrides: str) -> PretrainConfig:
+    path.write_text(text)
+    return read_config(path, overrides)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "a.yaml"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_committed_configurations_are_valid(path: Path) -> None:
+    read_config(path)
+
+
+def test_what_is_not_given_has_its_default(file: Path) -> None:
+    assert _config(file, "") == PretrainConfig()
+    assert _config(file, "training: {epochs: 3}").training.epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown", "nearest"),
+    [
+        ("trainig: {epochs: 1}", "trainig", "training"),
+        ("training: {epoch: 1}", "training.epoch", "training.epochs"),
+        ("model: {image_tower: {pool: cls}}", "model.image_tower.pool", "model.image_tower.pooling"),
+        ("data: {train: [{pth: a.tar, path: a.tar}]}", "data.train.0.pth", "data.train.path"),
+        ("epochs: 1", "epochs", "training.epochs"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(file: Path, text: str, unknown: str, nearest: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        _config(file, text)
+    assert str(error.value) == f"{file}: there is no setting {unknown!r}; did you mean {nearest!r}?"
+
+
+def test_overrides_lie_on_top_in_order(file: Path) -> None:
+    config = _config(
+        file,
+        "training: {epochs: 1, seed: 7}",
+        "training.epochs=2",
+        "training.epochs=5",
+        "optimizer.learning_rate=1e-3",
+        "objective.contrastive.in_batch=online",
+        "model.image_tower.architecture={depth: 2}",
+        "training.resume=true",
+        "optimizer.image_tower_rate=null",
+    )
+    assert (config.training.epochs, config.training.seed, config.training.resume) == (5, 7, True)
+    assert config.optimizer.learning_rate == 1e-3
+    assert config.optimizer.image_tower_rate is None
+    assert config.objective.contrastive.in_batch == "online"
+    assert config.model.image_tower.architecture == {"depth": 2}
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("training.epochs", r"has no value; write it as section\.key=value"),
+        ("=3", "has no value"),
+        ("training.epochs.more=3", "goes through 'epochs', which is not a section"),
+        ("training.epochs=[1", "not valid YAML"),
+        ("training.epoch=1", r"no setting 'training\.epoch'; did you mean 'training\.epochs'"),
+    ],
+)
+def test_an_override_that_cannot_be_used(file: Path, override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        _config(file, "training: {epochs: 1}", override)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("training: {epochs: many}", r"training\.epochs: .*number.*\(got 'many'\)"),
+        ("training: {batch_size: 1}", r"training\.batch_size: .*greater than or equal to 2 \(got 1\)"),
+        ("training: 3", r"training: .*\(got 3\)"),
+        ("data: {train: a.tar}", r"data\.train: .*list.*\(got 'a\.tar'\)"),
+        ("training: {precision: fp8}", r"training\.precision: .*'auto', 'bf16' or 'fp32' \(got 'fp8'\)"),
+        ("model: {text_tower: {max_length: 99, positions: 32}}", "max_length 99 exceeds the 32 positions"),
+        ("training: {epochs: x, seed: y}", r"training\.epochs.*training\.seed"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_place(file: Path, text: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        _config(file, text)
+
+
+def test_files_that_hold_no_configuration(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml cannot be read: No such file"):
+        read_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        read_config(tmp_path)
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        _config(file, "training: {epochs: 1")
+    with pytest.raises(ConfigError, match="must be a mapping of sections, not a list"):
+        _config(file, "- a\n- b")
+    file.write_bytes(b"\x89PNG\r\n\xff\xfe")
+    with pytest.raises(ConfigError, match="not a UTF-8 text file"):
+        read_config(file)
+
+
+def test_environment_variables_are_expanded(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COTS_TEST_DATA", "/data")
+    assert _config(file, "data: {train: [{path: $COTS_TEST_DATA/a.tar}]}").data.train[0].path == "/data/a.tar"
