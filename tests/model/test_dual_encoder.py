@@ -26,7 +26,15 @@ def test_centers_are_subtracted_on_the_sphere(tiny_model_config: ModelConfig) ->
 
 def test_a_convolutional_tower_gives_tokens_and_a_hybrid_starts_from_their_mean() -> None:
     tower = {"name": "tf_efficientnet_lite0", "image_size": 64, "pooling": "mean"}
-    text = {"vocabulary": 64, "width": 32, "layers": 1, "heads": 2, "intermediate": 32, "positions": 16, "max_length": 8}
+    text = {
+        "vocabulary": 64,
+        "width": 32,
+        "layers": 1,
+        "heads": 2,
+        "intermediate": 32,
+        "positions": 16,
+        "max_length": 8,
+    }
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     plain = DualEncoder(ModelConfig.model_validate({"image_tower": tower, "text_tower": text})).eval()
     assert plain.encode_image(pixels).tokens.shape == (2, 4, 1280)
