@@ -52,6 +52,9 @@ ModelOption = Annotated[
     ),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Pictures encoded at once; by default what suits the device.")
+]
 Sources = Annotated[
     list[str],
     typer.Argument(metavar="SOURCE...", help="Files, folders, globs, .tar shards, or .jsonl/.csv/.parquet tables."),
@@ -114,7 +117,7 @@ def index_build(
     gallery: GalleryDirectory,
     model: ModelOption = "embedded",
     prune: Annotated[bool, typer.Option("--prune", help="Remove items whose files are gone.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at once.")] = 32,
+    batch_size: BatchSize = None,
 ) -> None:
     """Create a gallery, or bring it up to date: only new and changed files are embedded."""
     from cots.model.pretrained import load_model
@@ -189,7 +192,7 @@ def embed(
     sources: Sources,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The Parquet file to write.")],
     model: ModelOption = "embedded",
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at once.")] = 32,
+    batch_size: BatchSize = None,
 ) -> None:
     """Embed images and videos into a Parquet file, for use elsewhere."""
     from cots.data.samples import iter_samples
@@ -218,7 +221,7 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="OUT", help="Write the result there too; - for stdout only.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at once.")] = 32,
+    batch_size: BatchSize = None,
 ) -> None:
     """Measure retrieval both ways: R@1, R@5, R@10, median and mean rank."""
     from cots.evaluation.evaluate import evaluate as run_evaluation

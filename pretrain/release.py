@@ -43,13 +43,12 @@ def release(run: Path, out: Path, validation: Sequence[str], notes: str = "") ->
 
 def centers(model: RetrievalModel, sources: Sequence[PairSource], every: int = 10) -> tuple[Tensor, Tensor]:
     """The mean embedding of the images and of the texts of every tenth training pair: two (D,) vectors, of norm < 1."""
+    pairs = [source.read(index) for source in sources for index in range(0, len(source), every)]
     images, texts = [], []
-    for source in sources:
-        for index in range(0, len(source), every):
-            pair = source.read(index)
-            frame = pair.frames(4)[0]
-            images.append(model.encode_images(model.transform(frame)[None]))
-            texts.append(model.encode_texts([pair.captions[index % len(pair.captions)]]))
+    for start in range(0, len(pairs), 16):
+        part = pairs[start : start + 16]
+        images.append(model.encode_images(torch.stack([model.transform(pair.frames(4)[0]) for pair in part])))
+        texts.append(model.encode_texts([pair.captions[0] for pair in part]))
     return torch.cat(images).mean(dim=0), torch.cat(texts).mean(dim=0)
 
 

@@ -68,7 +68,7 @@ def evaluate(
     model: RetrievalModel,
     *,
     max_bad_share: float = 0.01,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> EvaluationResult:
     """Measure retrieval both ways over the items of a file.
@@ -78,7 +78,7 @@ def evaluate(
             other source whose items have captions, such as a webdataset shard.
         model: what embeds them.
         max_bad_share: share of unreadable items above which the evaluation fails.
-        batch_size: pictures encoded at once.
+        batch_size: pictures encoded at once; by default what suits the device.
         progress: called after each item.
 
     Raises:
