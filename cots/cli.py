@@ -147,6 +147,8 @@ def index_build(
     typer.echo(
         f"{gallery}: {done} in {report.seconds:.1f} s{rate}; it holds {report.items} items, {report.vectors} vectors."
     )
+    if report.failed and not report.items:
+        raise CotsError(f"None of the {len(report.failed)} files could be read, so the gallery {gallery} is empty.")
     if report.missing:
         typer.echo(f"{len(report.missing)} items' files are gone; --prune removes them from the gallery.", err=True)
 

@@ -59,6 +59,13 @@ def _write_bad_files(folder: Path, picture: bytes, clip: bytes) -> dict[str, str
     return {name: reason for name, (_, reason) in contents.items()} | further
 
 
+def test_a_build_in_which_nothing_can_be_read_fails(cots: Cots, tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.jpg").write_text("dear diary")
+    outcome = cots("index", "build", tmp_path / "text.jpg", "--gallery", tmp_path / "g", "--model", tiny_model_dir)
+    assert outcome.code == 1
+    assert "None of the 1 files could be read" in outcome.err
+
+
 def test_unreadable_files_are_each_named_and_the_good_ones_indexed(
     cots: Cots, media: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
