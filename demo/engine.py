@@ -199,7 +199,7 @@ def _mixed(groups: np.ndarray) -> np.ndarray:
 
     The same groups give the same permutation.
     """
-    shuffled = np.random.default_rng(0).permutation(len(groups))
+    shuffled = np.random.default_rng(3).permutation(len(groups))
     by_group = shuffled[np.argsort(groups[shuffled], kind="stable")]
     ordered = groups[by_group]
     starts = np.searchsorted(ordered, ordered)

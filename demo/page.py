@@ -21,11 +21,11 @@ STEP = 30
 MOST = 20 * STEP
 EXAMPLES = (
     "a castle by the water",
-    "a dog running",
+    "birds on the water",
     "something sweet to eat",
-    "people dancing",
-    "flowers in a vase",
-    "a boat at sunset",
+    "a musical instrument",
+    "a galaxy in space",
+    "a wild animal in the grass",
 )
 # Linked from the head rather than given to Gradio as css: fonts are addressed relative to the stylesheet.
 HEAD = (
