@@ -20,7 +20,9 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_committed_configurations_are_valid(path: Path) -> None:
-    read_config(path)
+    config = read_config(path)
+    assert config.data.train
+    assert config.data.validation
 
 
 def test_what_is_not_given_has_its_default(file: Path) -> None:
