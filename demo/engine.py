@@ -80,20 +80,7 @@ class Shelf:
         return [self._hit(rank, int(position)) for rank, position in enumerate(positions, start=skip + 1)]
 
     def _hit(self, rank: int, position: int) -> Hit:
-        row = self.searcher.snapshot.row(position)
-        return Hit(
-            rank=rank,
-            score=0.0,
-            path=self.searcher.gallery.absolute_path(row["path"]),
-            kind=row["kind"],
-            caption=row["caption"],
-            start=row["start"],
-            end=row["end"],
-            frame=row["frame_time"],
-            id=row["id"],
-            source=row["source"],
-            licence=row["licence"],
-        )
+        return Hit.of_row(self.searcher.snapshot.row(position), self.searcher.gallery, rank, score=0.0)
 
 
 class Engine:

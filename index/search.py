@@ -49,6 +49,23 @@ class Hit:
     source: str
     licence: str
 
+    @classmethod
+    def of_row(cls, row: dict[str, Any], gallery: Gallery, rank: int, score: float) -> "Hit":
+        """The hit that a row of the gallery's table makes."""
+        return cls(
+            rank=rank,
+            score=score,
+            path=gallery.absolute_path(row["path"]),
+            kind=row["kind"],
+            caption=row["caption"],
+            start=row["start"],
+            end=row["end"],
+            frame=row["frame_time"],
+            id=row["id"],
+            source=row["source"],
+            licence=row["licence"],
+        )
+
 
 @dataclass
 class SearchResult:
@@ -186,19 +203,7 @@ class Searcher:
             candidates = moments
         scores = self.snapshot.vectors[candidates].astype(np.float32) @ query
         row = self.snapshot.row(int(candidates[np.argmax(scores)]))
-        return Hit(
-            rank=rank,
-            score=score,
-            path=self.gallery.absolute_path(row["path"]),
-            kind=row["kind"],
-            caption=row["caption"],
-            start=row["start"],
-            end=row["end"],
-            frame=row["frame_time"],
-            id=row["id"],
-            source=row["source"],
-            licence=row["licence"],
-        )
+        return Hit.of_row(row, self.gallery, rank, score)
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The COTS objective: the weighted sum of its levels over one batch, and the state (temperature, queues) they share.
 
-A level whose weight is 0 costs nothing. Masked modelling (token level), task alignment and the noise filter join here.
+Masked modelling (token level), task alignment and the noise filter join here; a level whose weight is 0 must skip its
+compute.
 """
 
 import math

@@ -40,7 +40,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may share the one that it passes
         dist.all_reduce(gradient)
         start = rank_offset(context.rows)
         return gradient[start : start + context.rows]
