@@ -49,6 +49,9 @@ class ImageTowerConfig(Settings):
     """Stochastic depth rate."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the projection."""
+    freeze_norms: bool = False
+    """Batch norms keep the statistics they start with, in training too: a batch then no longer couples its pictures,
+    and a network trained on few keeps what it learnt from many."""
     architecture: dict[str, Any] = {}
     """Further arguments of `timm.create_model`, such as `embed_dim` and `depth` of a small ViT."""
 
@@ -134,6 +137,12 @@ class DataConfig(Settings):
     random crops show things larger than a whole picture does at the same size (Touvron et al. 2019, FixRes)."""
     captions_per_item: int = Field(1, ge=1)
     """Captions drawn for an item each time it is seen."""
+    frames_per_item: int = Field(1, ge=1)
+    """Frames drawn from a clip, one in each of as many equal segments, their embeddings pooled. A picture counts as a
+    clip that stands still."""
+    cache_side: int | None = Field(None, ge=16)
+    """Decode every picture once, squashed to a square of this side and kept in memory as uint8, and cut the crops on
+    the device: for collections of some ten thousand pictures, where decoding would be the bottleneck."""
     augmentation: AugmentationConfig = AugmentationConfig()
     workers: int = Field(2, ge=0)
     """Decoding processes per rank."""
@@ -143,12 +152,55 @@ class DataConfig(Settings):
 
 class ContrastiveConfig(Settings):
     weight: float = Field(1.0, ge=0)
+    """0: not computed."""
     queue_size: int = Field(12_800, ge=0)
     """Momentum features kept per modality as negatives; 0: only those of the batch."""
     in_batch: Literal["none", "momentum", "online"] = "none"
     """Negatives from the other pairs of the global batch besides the queue's: none (as in the paper), their momentum
     features, or their online features, through which gradients then flow."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _has_negatives(self) -> "ContrastiveConfig":
+        if self.weight and self.in_batch == "none" and not self.queue_size:
+            raise ValueError("without negatives there is nothing to learn; set in_batch=online or a queue_size")
+        return self
+
+
+class MaskedModelingConfig(Settings):
+    """Token level: hidden patches and words told from the rest and from the partner's global embedding."""
+
+    image_weight: float = Field(0.0, ge=0)
+    """Weight of predicting the visual tokens of hidden patches; 0: not computed."""
+    text_weight: float = Field(0.0, ge=0)
+    """Weight of predicting hidden word pieces; 0: not computed."""
+    image_share: float = Field(0.4, gt=0, lt=1)
+    """Share of a picture's patches that is hidden, in blocks (BEiT, Bao et al. 2022)."""
+    text_share: float = Field(0.15, gt=0, lt=1)
+    """Share of a caption's word pieces to be predicted (BERT, Devlin et al. 2019)."""
+    visual_tokenizer: str = "embedded"
+    """The discrete VAE that names the patches: `embedded`, or a directory that training one wrote."""
+
+
+class TaskAlignmentConfig(Settings):
+    """Task level: image-to-text and text-to-image retrieval distributions pulled together."""
+
+    weight: float = Field(0.0, ge=0)
+    """0: not computed."""
+    gradient: Literal["both", "prediction"] = "prediction"
+    """Which side of each KL divergence learns. `prediction`: the target is a constant, so that each direction is
+    taught by the other one; `both`: the target moves too, which the two can also use to become equally vague."""
+
+
+class NoiseFilterConfig(Settings):
+    """Pairs whose momentum similarity is unusually low contribute no contrastive and no alignment loss."""
+
+    queue_size: int = Field(0, ge=0)
+    """Similarities of past pairs from which the threshold is computed; 0: no filter."""
+    deviations: float = Field(1.0)
+    """The threshold lies this many standard deviations below the mean."""
+    start: float = Field(0.1, ge=0, le=1)
+    """Share of the steps after which the filter begins: before, the similarities say little."""
 
 
 class ObjectiveConfig(Settings):
@@ -158,6 +210,16 @@ class ObjectiveConfig(Settings):
     momentum: float = Field(0.99, ge=0, le=1)
     """Decay of the momentum towers' exponential moving average, per step."""
     contrastive: ContrastiveConfig = ContrastiveConfig()
+    masked_modeling: MaskedModelingConfig = MaskedModelingConfig()
+    task_alignment: TaskAlignmentConfig = TaskAlignmentConfig()
+    noise_filter: NoiseFilterConfig = NoiseFilterConfig()
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> "ObjectiveConfig":
+        masked = self.masked_modeling
+        if not (self.contrastive.weight or self.task_alignment.weight or masked.image_weight or masked.text_weight):
+            raise ValueError("every loss has weight 0; there is nothing to learn")
+        return self
 
 
 class OptimizerConfig(Settings):
@@ -165,6 +227,10 @@ class OptimizerConfig(Settings):
     """Peak rate of everything that no other rate is given for."""
     image_tower_rate: float | None = Field(None, ge=0)
     text_tower_rate: float | None = Field(None, ge=0)
+    """Peak rates of the towers; 0 freezes one (LiT, Zhai et al. 2022)."""
+    image_layer_decay: float = Field(1.0, gt=0, le=1)
+    """Each layer of the image tower learns at this share of the rate of the one above it."""
+    text_layer_decay: float = Field(1.0, gt=0, le=1)
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: float = Field(1.0, ge=0)
@@ -196,12 +262,21 @@ class TrainingConfig(Settings):
     """Arithmetic of the towers; `auto`: bf16 on cuda. Losses are always computed in fp32."""
     compile: bool = False
     """torch.compile the towers."""
+    accumulation: int = Field(1, ge=1)
+    """Parts in which a rank's batch goes through the towers, for want of memory. The loss is still that of the whole
+    batch, with all its negatives (gradient caching, Gao et al. 2021), at the price of a second forward pass."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the towers' layers and compute the rest again in the backward pass."""
+    sharding: Literal["replicated", "sharded"] = "replicated"
+    """How several ranks hold the weights: a copy each (DDP), or a part each (FSDP2)."""
     log_every: int = Field(10, ge=1)
     """Steps between two rows of the log."""
     validate_every: int = Field(1, ge=0)
     """Epochs between two validations; 0: only at the end."""
     checkpoint_every: int = Field(1, ge=1)
     """Epochs between two checkpoints of the whole training state."""
+    checkpoint_steps: int = Field(0, ge=0)
+    """Steps between two further checkpoints; 0: none."""
     keep_checkpoints: int = Field(2, ge=1)
     averaging: float = Field(0.0, ge=0, lt=1)
     """Decay per step of a slow average of the weights that is validated and saved in place of them; 0: none."""
@@ -209,6 +284,10 @@ class TrainingConfig(Settings):
     """Share of the steps after which that average begins."""
     weights_dtype: Literal["float32", "float16", "int8"] = "float32"
     """How the best model's weights are stored; int8: matrices by row with float16 scales, the rest float16."""
+    tensorboard: bool = False
+    """Write the log for TensorBoard too, under tensorboard/ (pip install tensorboard)."""
+    wandb: str = ""
+    """Log to this Weights & Biases project too (pip install wandb)."""
 
 
 class PretrainConfig(Settings):
