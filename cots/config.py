@@ -308,6 +308,15 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConf
     Raises:
         ConfigError: the file is missing or no YAML mapping, an override has no `=`, or a key or value is not valid.
     """
+    return validate_config(PretrainConfig, read_values(path, overrides), str(path))
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The sections of a YAML configuration as plain values, with the overrides on top, not yet validated.
+
+    Raises:
+        ConfigError: the file is missing or no YAML mapping, or an override has no `=`.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -322,7 +331,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConf
         raise ConfigError(f"The configuration {path} must be a mapping of sections, not a {type(values).__name__}.")
     for override in overrides:
         _apply_override(values, override)
-    return validate_config(PretrainConfig, values, str(path))
+    return values
 
 
 def validate_config(kind: type[AnySettings], values: dict[str, Any], origin: str) -> AnySettings:
