@@ -9,6 +9,7 @@ multiply-add (PaLM, Chowdhery et al. 2022, appendix B).
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def flops_per_pair(step: Callable[[int], Any], batch_size: int) -> float:
     Three tiny steps are counted and the parabola through them is followed to `batch_size`, which is exact: the towers
     and the comparison with the queues grow with the batch, the comparison of the batch with itself with its square.
     """
-    counts = [count_flops(lambda size=size: step(size)) for size in _TINY]
+    counts = [count_flops(partial(step, size)) for size in _TINY]
     total = 0.0
     for size, count in zip(_TINY, counts):
         others = [other for other in _TINY if other != size]

@@ -1,10 +1,12 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from pretrain.telemetry import Telemetry
+from cots.errors import MissingDependency
+from pretrain.telemetry import Telemetry, _figures
 
 
 def _log(run: Path, first_step: int, *losses: float) -> list[dict]:
@@ -40,3 +42,57 @@ def test_a_resumed_run_goes_on_with_the_log_and_a_new_one_begins_it_anew(tmp_pat
     _log(tmp_path, 0, 3.0, 2.0)
     assert [row["step"] for row in _log(tmp_path, 2, 1.0)] == [1, 2, 3]
     assert [row["step"] for row in _log(tmp_path, 0, 5.0)] == [1]
+
+
+def test_the_rate_is_given_per_gpu_and_as_a_share_of_what_the_device_can_do(tmp_path: Path) -> None:
+    telemetry = Telemetry(tmp_path, steps=9, first_step=0, batch_size=4, active=True, ranks=2)
+    telemetry.utilisation(flops_per_pair=100.0, matrix_rate=1000.0)
+    telemetry.step({"loss": torch.tensor(1.0)}, waited=0.0)
+    means = telemetry.flush(1, 0.1, {"learning_rate": 1e-3})
+    telemetry.close()
+    assert means["pairs_per_second_per_gpu"] == pytest.approx(means["pairs_per_second"] / 2)
+    assert means["mfu"] == pytest.approx(means["pairs_per_second_per_gpu"] * 100 / 1000)
+    assert json.loads((tmp_path / "log.jsonl").read_text())["learning_rate"] == 1e-3
+    start = json.loads((tmp_path / "run.json").read_text())["starts"][0]
+    assert (start["ranks"], start["batch_size"], start["matrix_rate"]) == (2, 4, 1000.0)
+
+
+def test_a_run_killed_in_the_middle_of_a_row_goes_on_with_a_row_of_its_own(tmp_path: Path) -> None:
+    _log(tmp_path, 0, 3.0, 2.0)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert [row["step"] for row in _log(tmp_path, 2, 1.0)] == [1, 2, 3]
+    assert [start["first_step"] for start in json.loads((tmp_path / "run.json").read_text())["starts"]] == [0, 2]
+
+
+def test_a_long_run_on_eighty_columns_shows_its_figures_in_one_line() -> None:
+    figures = _figures({"loss": 13.1234, "pairs_per_second": 12345.6, "mfu": 0.523, "data_wait": 0.012})
+    assert figures == "loss 13.123  12,346 pairs/s  MFU 52%  wait 1%"
+    assert len(f"123456/123456 {'=' * 10} 10:00:00 {figures}") <= 80
+
+
+def test_tensorboard_reads_every_value_back(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    telemetry = Telemetry(tmp_path, steps=9, first_step=0, batch_size=4, active=True, tensorboard=True)
+    telemetry.step({"loss": torch.tensor(2.0), "loss_contrastive": torch.tensor(1.5)}, waited=0.0)
+    telemetry.flush(1, 0.1, {"learning_rate": 1e-3})
+    telemetry.validation(1, 0.1, {"data/val.tar": {"text_to_image": {"R@1": 12.5}}})
+    telemetry.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("loss/contrastive")] == [1.5]
+    assert [event.value for event in events.Scalars("validation/val.tar/text_to_image/R@1")] == [12.5]
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"), [("torch.utils.tensorboard", {"tensorboard": True}), ("wandb", {"wandb": "cots"})]
+)
+def test_a_log_that_needs_a_missing_package_names_the_line_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, arguments: dict
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    package = module.rpartition(".")[2]
+    with pytest.raises(MissingDependency, match=f"{package} is not installed; install it with: pip install {package}"):
+        Telemetry(tmp_path, steps=9, first_step=0, batch_size=4, active=True, **arguments)
