@@ -28,7 +28,8 @@ class Settings(BaseModel):
 
 class ImageTowerConfig(Settings):
     name: str = "vit_base_patch16_224"
-    """A timm architecture. A convolutional network's final map is flattened into tokens."""
+    """A timm architecture, or `open_clip:ARCH`. A convolutional network's final map is flattened into tokens; a tower
+    of open_clip pools and drops as its own architecture says."""
     image_size: int = Field(224, ge=16)
     """Side in pixels of the square that the tower sees."""
     resize: Literal["squash", "crop"] = "squash"
@@ -57,6 +58,9 @@ class ImageTowerConfig(Settings):
 
 
 class TextTowerConfig(Settings):
+    name: str = "bert"
+    """`bert`, shaped by the settings below; or `open_clip:ARCH`, which has a shape and a tokenizer of its own and takes
+    only max_length from here."""
     tokenizer: str = ""
     """A WordPiece `tokenizer.json` or `vocab.txt`; needed to start a training, afterwards kept in the model
     directory."""

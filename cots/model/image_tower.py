@@ -4,53 +4,43 @@ A vision transformer gives its own tokens. A convolutional network's final map i
 followed by transformer blocks with a [CLS] token: the hybrid ViT of Dosovitskiy et al. 2021 (section 3.1).
 """
 
-from dataclasses import dataclass
+import math
 from typing import Any
 
 import timm
 import torch
+from timm.models import group_parameters
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cots.config import ImageTowerConfig
 from cots.errors import ConfigError
+from cots.model.tower import GridTower, TowerOutput
 
 
-@dataclass
-class TowerOutput:
-    """What a tower makes of a batch.
-
-    Attributes:
-        pooled: (B, C) the token that the global embedding is projected from.
-        tokens: (B, N, C) one vector a patch or word piece, without [CLS] for images, with it for text.
-    """
-
-    pooled: Tensor
-    tokens: Tensor
-
-
-class ImageTower(nn.Module):
+class ImageTower(GridTower):
     """Pixels (B, 3, S, S), normalised -> TowerOutput of width `width`."""
 
     def __init__(self, config: ImageTowerConfig, trunk: nn.Module | None = None) -> None:
         super().__init__()
         # any: timm networks share `forward_features`, but no class that says so
-        self.trunk: Any = _create_trunk(config) if trunk is None else trunk
+        self.trunk: Any = create_trunk(config) if trunk is None else trunk
+        self.freeze_norms = config.freeze_norms
         self.pooling = config.pooling
         self.prefix = getattr(self.trunk, "num_prefix_tokens", 0)
-        self.trunk.eval()
-        with torch.no_grad():
-            sample = self._features(torch.zeros(1, 3, config.image_size, config.image_size))
-        self.trunk.train()
+        sample = self._sample(config.image_size)
         self.convolutional = sample.ndim == 4
         if not self.convolutional and config.transformer_depth:
             raise ConfigError(f"{config.name} is a transformer already; set model.image_tower.transformer_depth=0.")
         if config.pooling == "cls" and not (self.prefix or config.transformer_depth):
             raise ConfigError(f"{config.name} has no [CLS] token; set model.image_tower.pooling=mean.")
         self.width = sample.shape[1] if self.convolutional else sample.shape[2]
-        self.blocks: nn.Module | None = None
+        self.grid = sample.shape[3] if self.convolutional else math.isqrt(sample.shape[1] - self.prefix)
+        self.stride = round(config.image_size / self.grid)
+        self.blocks: HybridBlocks | None = None
         if config.transformer_depth:
-            self.blocks = HybridBlocks(self.width, sample.shape[2] * sample.shape[3], config)
+            self.blocks = HybridBlocks(self.width, self.grid * self.grid, config)
             self.width = config.transformer_width
         self.dropout = nn.Dropout(config.dropout)
 
@@ -64,6 +54,36 @@ class ImageTower(nn.Module):
         tokens = features[:, prefix:]
         pooled = features[:, 0] if self.pooling == "cls" else tokens.mean(dim=1)
         return TowerOutput(self.dropout(pooled), tokens)
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        self.trunk.set_grad_checkpointing(enabled)
+        if self.blocks is not None:
+            self.blocks.activation_checkpointing = enabled
+
+    def layer_depths(self) -> dict[str, int]:
+        """As timm groups the trunk's parameters; a network that it does not group is one layer."""
+        if hasattr(self.trunk, "group_matcher"):
+            depths = group_parameters(self.trunk, self.trunk.group_matcher(coarse=False), reverse=True)
+        else:
+            depths = {name: 0 for name, _ in self.trunk.named_parameters()}
+        top = max(depths.values())
+        found = {f"trunk.{name}": depth for name, depth in depths.items()}
+        if self.blocks is not None:
+            last = len(self.blocks.blocks)
+            for name, _ in self.blocks.named_parameters():
+                part, _, rest = name.partition(".")
+                own = {"blocks": 1 + int(rest.partition(".")[0])} if part == "blocks" else {"norm": last}
+                found[f"blocks.{name}"] = top + own.get(part, 1)
+        return found
+
+    @torch.no_grad()
+    def _sample(self, size: int) -> Tensor:
+        """The features of one picture, to learn their shape from."""
+        self.trunk.eval()
+        pixels = torch.zeros(1, 3, size, size, device=next(self.trunk.parameters()).device)
+        features = self._features(pixels)
+        self.trunk.train()
+        return features
 
     def _features(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, N, C) of a transformer, (B, C, H, W) of a convolutional network."""
@@ -84,20 +104,32 @@ class HybridBlocks(nn.Module):
         self.project = nn.Linear(channels, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.position = nn.Parameter(torch.randn(1, patches, width) * 0.02)
-        rates = torch.linspace(0, config.drop_path, config.transformer_depth).tolist()
+        last = max(1, config.transformer_depth - 1)
+        rates = [config.drop_path * layer / last for layer in range(config.transformer_depth)]
         self.blocks = nn.Sequential(
             *(Block(width, config.transformer_heads, qkv_bias=True, init_values=1e-2, drop_path=rate) for rate in rates)
         )
         self.norm = nn.LayerNorm(width)
+        self.activation_checkpointing = False
 
     def forward(self, features: Tensor) -> Tensor:
         patches = self.project(features)
         cls_token = self.cls_token + patches.mean(dim=1, keepdim=True)
-        return self.norm(self.blocks(torch.cat([cls_token, patches + self.position], dim=1)))
+        states = torch.cat([cls_token, patches + self.position], dim=1)
+        for block in self.blocks:
+            if self.activation_checkpointing and self.training:
+                states = checkpoint(block, states, use_reentrant=False)
+            else:
+                states = block(states)
+        return self.norm(states)
 
 
-def _create_trunk(config: ImageTowerConfig) -> nn.Module:
-    """A timm network without its classifier, randomly initialised."""
+def create_trunk(config: ImageTowerConfig, pretrained: bool = False) -> nn.Module:
+    """A timm network without its classifier, randomly initialised or with timm's weights.
+
+    Raises:
+        ConfigError: timm has no such network, or cannot build it so.
+    """
     if not timm.is_model(config.name):
         nearest = ", ".join(timm.list_models(f"*{config.name[:6]}*")[:3]) or "see timm.list_models()"
         raise ConfigError(f"timm has no architecture {config.name!r}; similar names: {nearest}.")
@@ -105,6 +137,15 @@ def _create_trunk(config: ImageTowerConfig) -> nn.Module:
     if config.name.startswith(("vit", "deit", "eva", "beit")):
         extra.setdefault("img_size", config.image_size)
     try:
-        return timm.create_model(config.name, num_classes=0, drop_path_rate=config.drop_path, **extra)
+        trunk = timm.create_model(
+            config.name, pretrained=pretrained, num_classes=0, drop_path_rate=config.drop_path, **extra
+        )
     except (TypeError, AssertionError) as error:
         raise ConfigError(f"timm cannot build {config.name} with {extra}: {error}.") from error
+    patch = getattr(getattr(trunk, "patch_embed", None), "patch_size", (1, 1))
+    if config.image_size % patch[0] or config.image_size % patch[1]:
+        raise ConfigError(
+            f"model.image_tower.image_size {config.image_size} is no multiple of the {patch[0]} px patches of "
+            f"{config.name}; {config.image_size - config.image_size % patch[0]} would be."
+        )
+    return trunk
