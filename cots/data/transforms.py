@@ -1,4 +1,4 @@
-"""From pictures to the tower's pixels: one exact transform for search and evaluation, random ones for training.
+"""From pictures to the tower's pixels, at random, for training.
 
 All give uint8 (3, S, S); the model scales and normalises on its own device, so that a quarter of the bytes travel.
 """
@@ -12,40 +12,11 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from cots.config import AugmentationConfig
+from cots.data.square_transform import SquareTransform
+
+__all__ = ["ColorJitter", "SquareTransform", "TrainingTransform"]
 
 _SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
-_RESAMPLING = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "nearest": Image.Resampling.NEAREST,
-}
-
-
-class SquareTransform:
-    """PIL RGB -> (3, S, S) uint8, without randomness.
-
-    `squash` resizes to the square and ignores the aspect, `crop` resizes the shorter side and cuts the centre out;
-    `bicubic` is Pillow's, with antialiasing.
-    """
-
-    def __init__(self, size: int, resize: str = "squash", interpolation: str = "bicubic") -> None:
-        self.size = size
-        self.resize = resize
-        self.interpolation = interpolation
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        size, resampling = self.size, _RESAMPLING[self.interpolation]
-        if self.resize == "squash":
-            return F.pil_to_tensor(image.resize((size, size), resampling))
-        width, height = image.size
-        short = min(width, height)
-        # torchvision's rule: the longer side is truncated, the crop's corner rounded
-        scaled = image.resize((int(size * width / short), int(size * height / short)), resampling)
-        left, top = round((scaled.width - size) / 2), round((scaled.height - size) / 2)
-        return F.pil_to_tensor(scaled.crop((left, top, left + size, top + size)))
-
-    def __repr__(self) -> str:
-        return f"SquareTransform({self.size}, {self.resize!r}, {self.interpolation!r})"
 
 
 class TrainingTransform:
