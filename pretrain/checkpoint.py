@@ -13,9 +13,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cots.errors import TrainingError
+from cots.errors import ConfigError, TrainingError
 
 _PATTERN = "step-*.pt"
+_FREE_ON_RESUMING: dict[str, set[str]] = {
+    "model": set(),
+    "start": {"image_tower", "text_tower", "model"},
+    "data": {"workers", "validation", "max_bad_share"},
+    "objective": set(),
+    "optimizer": set(),
+    "training": {
+        "output", "resume", "device", "compile", "activation_checkpointing", "log_every", "validate_every",
+        "checkpoint_every", "checkpoint_steps", "keep_checkpoints", "weights_dtype", "tensorboard", "wandb",
+    },
+}  # fmt: skip
 
 
 def save_checkpoint(run: Path, state: dict[str, Any], step: int, keep: int) -> Path:
@@ -63,6 +74,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
 
 
+def refuse_other_training(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """A run goes on with the settings that it began with; how it reads, computes and logs may change.
+
+    Raises:
+        ConfigError: a setting that the weights, averages or the order of the samples hang on is another one.
+    """
+    for section, free in _FREE_ON_RESUMING.items():
+        for name in before[section] | now[section]:
+            if name not in free and before[section].get(name) != now[section].get(name):
+                raise ConfigError(
+                    f"{path} was trained with {section}.{name}={before[section].get(name)}, not "
+                    f"{now[section].get(name)}; give the same value or start a new training.output."
+                )
+
+
 def random_state() -> list[dict[str, torch.Tensor]]:
     """The random state of every rank, in rank order, on every rank."""
     own = {"cpu": torch.get_rng_state()}
@@ -75,13 +101,13 @@ def random_state() -> list[dict[str, torch.Tensor]]:
     return states
 
 
-def restore_random_state(states: list[dict[str, torch.Tensor]], rank: int) -> None:
+def restore_random_state(states: list[dict[str, torch.Tensor]], rank: int, ranks: int) -> None:
     """Give this rank back its random state.
 
     Raises:
         TrainingError: the checkpoint was written by another number of ranks.
     """
-    if rank >= len(states):
+    if ranks != len(states):
         raise TrainingError(f"The checkpoint was written by {len(states)} ranks; go on with as many.")
     torch.set_rng_state(states[rank]["cpu"])
     if "cuda" in states[rank] and torch.cuda.is_available():

@@ -1,10 +1,12 @@
 """The process group: one process a GPU under torchrun, or one process alone."""
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,6 +53,38 @@ def process_group(device: str) -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), count, target)
     finally:
         dist.destroy_process_group()
+
+
+class StopRequest:
+    """Notices SIGTERM: the step in flight is finished and all ranks stop after the same one.
+
+    Several ranks look every few steps only, for it takes them a meeting.
+    """
+
+    def __init__(self, ranks: Ranks, every: int = 10) -> None:
+        self._ranks, self._every = ranks, every
+        self._received = False
+        self._before: Any = None
+
+    def __enter__(self) -> "StopRequest":
+        self._before = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after `step`; the same answer on every rank."""
+        if self._ranks.count == 1:
+            return self._received
+        if step % self._every:
+            return False
+        flag = torch.tensor(float(self._received), device=self._ranks.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def _receive(self, *_: object) -> None:
+        self._received = True
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ together exactly what one would, and the state of the loader is the number of th
 access: their number need not fit the number of ranks or workers.
 """
 
+import copy
 import glob
 import hashlib
 import io
@@ -30,7 +31,7 @@ from cots.errors import MediaError, SourceError, TrainingError
 from cots.model.text_tower import WordPieceTokenizer
 
 _SUBSTITUTES = 16
-_CLIP_FRAMES = 4
+CLIP_FRAMES = 4
 
 
 @dataclass
@@ -65,7 +66,7 @@ class PairSource(Protocol):
 @dataclass
 class Batch:
     """Attributes:
-    pixels: (B, 3, S, S) uint8.
+    pixels: (B, 3, S, S) uint8, or (B, F, 3, S, S) with several frames an item.
     token_ids: (B * captions_per_item, L) int64, the captions of an item side by side.
     item_ids: (B,) int64.
     bad: name and reason of samples that could not be read and were replaced by others.
@@ -126,6 +127,15 @@ class TablePairs:
         return Pair(self.samples[index].read_bytes(), self.samples[index].captions)
 
 
+def name_of(sources: Sequence[PairSource], item: int) -> str:
+    """The name of an item, counted through all sources."""
+    for source in sources:
+        if item < len(source):
+            return source.name(item)
+        item -= len(source)
+    raise IndexError(item)
+
+
 def open_source(config: SourceConfig) -> PairSource:
     """Open a source of pairs.
 
@@ -148,9 +158,11 @@ class TrainingPairs(Dataset[tuple[Any, ...]]):
         tokenizer: WordPieceTokenizer,
         transform: TrainingTransform,
         captions_per_item: int,
+        frames_per_item: int,
         seed: int,
     ) -> None:
         self.sources = sources
+        self.frames_per_item = frames_per_item
         self.starts = np.cumsum([0, *(len(source) for source in sources)])
         self.tokenizer = tokenizer
         self.transform = transform
@@ -170,45 +182,52 @@ class TrainingPairs(Dataset[tuple[Any, ...]]):
                 try:
                     return (*self._load(actual), actual, bad)
                 except MediaError as error:
-                    bad.append((self._name(actual), error.reason))
+                    bad.append((name_of(self.sources, actual), error.reason))
         raise TrainingError(f"{_SUBSTITUTES} samples in a row could not be read, the last {bad[-1][0]}: {bad[-1][1]}.")
 
     def _locate(self, index: int) -> tuple[PairSource, int]:
         source = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.sources[source], index - int(self.starts[source])
 
-    def _name(self, index: int) -> str:
-        source, own = self._locate(index)
-        return source.name(own)
-
     def _load(self, index: int) -> tuple[Tensor, Tensor]:
         source, own = self._locate(index)
         pair = source.read(own)
         order = torch.randperm(len(pair.captions)).tolist()
         captions = [pair.captions[order[draw % len(order)]] for draw in range(self.captions_per_item)]
-        frames = pair.frames(_CLIP_FRAMES)
-        pixels, captions = self.transform(frames[int(torch.randint(len(frames), ()))], captions)
-        return pixels, self.tokenizer(captions, pad_to_max=True)
+        wanted = self.frames_per_item
+        frames = pair.frames(max(CLIP_FRAMES, 2 * wanted) if wanted > 1 else CLIP_FRAMES)
+        chosen = ((torch.arange(wanted) + torch.rand(wanted)) / wanted * len(frames)).long().tolist()
+        seed, pixels = int(torch.randint(2**62, ())), []
+        for place in chosen:  # every frame of a clip is cropped and mirrored alike
+            torch.manual_seed(seed)
+            one, thinned = self.transform(frames[place], captions)
+            pixels.append(one)
+        return pixels[0] if wanted == 1 else torch.stack(pixels), self.tokenizer(thinned, pad_to_max=True)
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
-    """The samples of each step of this rank, from `first_step` to the end of the training."""
+    """The (place, index) of each sample of this rank, step by step; `between` says which steps."""
 
     def __init__(
         self,
         lengths: Sequence[int],
         weights: Sequence[float],
         batch_size: int,
-        steps: int,
         seed: int,
         rank: int,
         ranks: int,
     ) -> None:
         self.lengths, self.weights = lengths, weights
-        self.batch_size, self.steps, self.seed = batch_size, steps, seed
+        self.batch_size, self.seed = batch_size, seed
         self.rank, self.ranks = rank, ranks
-        self.first_step = 0
+        self.first_step = self.steps = 0
         self.steps_per_epoch = steps_per_epoch(lengths, weights, batch_size)
+
+    def between(self, first_step: int, steps: int) -> "StepSampler":
+        """The samples of steps `first_step` to `steps - 1`."""
+        part = copy.copy(self)
+        part.first_step, part.steps = first_step, steps
+        return part
 
     def __len__(self) -> int:
         return self.steps - self.first_step
@@ -256,28 +275,13 @@ def training_loader(
     config: DataConfig,
     tokenizer: WordPieceTokenizer,
     image_size: int,
+    sampler: StepSampler,
     *,
-    batch_size: int,
-    steps: int,
-    first_step: int,
-    seed: int,
-    rank: int,
-    ranks: int,
     pin_memory: bool,
 ) -> DataLoader[Any]:
-    """A loader of this rank's `Batch` for each step from `first_step` on."""
+    """A loader of this rank's `Batch` for each of the sampler's steps."""
     transform = TrainingTransform(image_size, config.augmentation)
-    pairs = TrainingPairs(sources, tokenizer, transform, config.captions_per_item, seed)
-    sampler = StepSampler(
-        [len(source) for source in sources],
-        [source.weight for source in config.train],
-        batch_size,
-        steps,
-        seed,
-        rank,
-        ranks,
-    )
-    sampler.first_step = first_step
+    pairs = TrainingPairs(sources, tokenizer, transform, config.captions_per_item, config.frames_per_item, sampler.seed)
     return DataLoader(
         pairs,
         batch_sampler=sampler,
@@ -305,7 +309,7 @@ class ValidationFrames(Dataset[Tensor]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Tensor:
-        return torch.stack([self.transform(frame) for frame in self.source.read(index).frames(_CLIP_FRAMES)])
+        return torch.stack([self.transform(frame) for frame in self.source.read(index).frames(CLIP_FRAMES)])
 
 
 def captions_of(source: PairSource) -> tuple[list[str], Tensor]:

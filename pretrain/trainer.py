@@ -7,36 +7,41 @@ A run directory holds config.yaml, log.jsonl (see telemetry.py), checkpoints/ (t
 directory that did best on validation). A run goes on where it stopped with training.resume=true.
 """
 
+import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch.nn.parallel import DistributedDataParallel
 
 from cots.config import PretrainConfig
-from cots.data.transforms import ColorJitter, SquareTransform
+from cots.data.transforms import SquareTransform
 from cots.errors import ConfigError, TrainingError
-from cots.model.dual_encoder import DualEncoder
 from cots.model.model_directory import save_model
-from cots.model.text_tower import WordPieceTokenizer
+from cots.model.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 from cots.objectives.collaborative import CollaborativeObjective
-from cots.objectives.contrastive import PairFeatures
-from cots.objectives.gathering import gather
-from pretrain.checkpoint import latest_checkpoint, random_state, read_checkpoint, restore_random_state, save_checkpoint
-from pretrain.distributed import Ranks, process_group
-from pretrain.loader import Batch, open_source, steps_per_epoch, training_loader
+from pretrain.checkpoint import (
+    latest_checkpoint,
+    random_state,
+    read_checkpoint,
+    refuse_other_training,
+    restore_random_state,
+    save_checkpoint,
+)
+from pretrain.distributed import Ranks, StopRequest, process_group
+from pretrain.flops import flops_per_pair, matrix_rate
+from pretrain.loader import Batch, StepSampler, name_of, open_source, training_loader
 from pretrain.model_card import model_card
-from pretrain.momentum import MovingAverage
-from pretrain.optimizer import create_optimizer, rate_factor, set_rates
+from pretrain.network import TrainingNetwork
+from pretrain.optimizer import rate_factor
+from pretrain.pixel_cache import PixelCache, cached_batches
 from pretrain.start import starting_encoder, starting_tokenizer
+from pretrain.step import TrainingStep
 from pretrain.telemetry import Telemetry
 from pretrain.validation import Validation, criterion
-
-# the order of the samples and the saved averages hang on these
-_KEPT_ON_RESUMING = ("batch_size", "seed", "averaging")
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -61,33 +66,35 @@ class Run:
 
     def __init__(self, config: PretrainConfig, ranks: Ranks) -> None:
         training = config.training
-        if training.batch_size % ranks.count:
-            raise ConfigError(f"training.batch_size {training.batch_size} does not divide among {ranks.count} ranks.")
+        if training.batch_size % (ranks.count * training.accumulation):
+            raise ConfigError(
+                f"training.batch_size {training.batch_size} does not divide among {ranks.count} ranks"
+                + (f" in {training.accumulation} parts." if training.accumulation > 1 else ".")
+            )
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.directory = Path(training.output)
         checkpoint = _checkpoint_to_resume(self.directory, training.resume)
 
         torch.manual_seed(training.seed)  # the same weights on every rank
-        self.tokenizer: WordPieceTokenizer = starting_tokenizer(config)
-        self.encoder: DualEncoder = starting_encoder(config, self.tokenizer)
-        self.encoder.to(self.device).to(memory_format=torch.channels_last)
-        self.objective = CollaborativeObjective(config.objective, config.model.embedding_dim).to(self.device)
-        self.momentum = MovingAverage(self.encoder, config.objective.momentum)
-        self.average = MovingAverage(self.encoder, training.averaging) if training.averaging else None
-        self.optimizer = create_optimizer(self.encoder, self.objective, config.optimizer)
-        self.parallel: torch.nn.Module = self.encoder
-        if ranks.count > 1:
-            self.parallel = DistributedDataParallel(self.encoder)
-        if training.compile:
-            for encoder in (self.encoder, self.momentum.network):
-                encoder.image_tower.compile()
-                encoder.text_tower.compile()
-        self.dtype = torch.bfloat16 if _uses_bf16(training.precision, self.device) else None
-        self.jitter = ColorJitter(config.data.augmentation.color)
+        self.tokenizer = starting_tokenizer(config)
+        visual_tokenizer = _visual_tokenizer(config, self.device)
+        encoder = starting_encoder(config, self.tokenizer)
+        codebook = visual_tokenizer.codebook_size if visual_tokenizer else 0
+        network = TrainingNetwork(encoder, config.objective.masked_modeling, codebook, self.tokenizer.vocabulary)
+        network.to(self.device).to(memory_format=torch.channels_last)
+        objective = CollaborativeObjective(config.objective, config.model.embedding_dim).to(self.device)
+        self.stepper = TrainingStep(network, objective, config, ranks, self.tokenizer, visual_tokenizer)
 
         self.sources = [open_source(source) for source in config.data.train]
-        weights = [source.weight for source in config.data.train]
-        self.epoch_steps = steps_per_epoch([len(source) for source in self.sources], weights, training.batch_size)
+        self.sampler = StepSampler(
+            [len(source) for source in self.sources],
+            [source.weight for source in config.data.train],
+            training.batch_size,
+            training.seed,
+            ranks.rank,
+            ranks.count,
+        )
+        self.epoch_steps = self.sampler.steps_per_epoch
         self.steps = max(1, round(training.epochs * self.epoch_steps))
         self.step = 0
         self.samples_read = self.samples_bad = 0
@@ -109,103 +116,113 @@ class Run:
             if ranks.first
             else None
         )
-        self.telemetry = Telemetry(self.directory, self.steps, self.step, training.batch_size, ranks.first)
+        self.telemetry = Telemetry(
+            self.directory,
+            self.steps,
+            self.step,
+            training.batch_size,
+            ranks.first,
+            ranks=ranks.count,
+            settings=config.model_dump(mode="json"),
+            tensorboard=training.tensorboard,
+            wandb=training.wandb,
+        )
+        self.items_since_log: list[torch.Tensor] = []
 
     def train(self) -> None:
-        """Take every step that is left."""
-        config, training = self.config, self.config.training
+        """Take every step that is left, or those until SIGTERM."""
+        training = self.config.training
         self.telemetry.say(self._introduction())
         if training.resume and self.step == 0:
             self.telemetry.say(f"{self.directory} holds no checkpoint to go on from; this run starts from nothing.")
-        loader = training_loader(
-            self.sources,
-            config.data,
-            self.tokenizer,
-            config.data.image_size or config.model.image_tower.image_size,
-            batch_size=training.batch_size,
-            steps=self.steps,
-            first_step=self.step,
-            seed=training.seed,
-            rank=self.ranks.rank,
-            ranks=self.ranks.count,
-            pin_memory=self.device.type == "cuda",
-        )
-        batches = iter(loader)
-        self.parallel.train()
-        while self.step < self.steps:
-            asked = time.perf_counter()
-            batch = next(batches).to(self.device)
-            waited = time.perf_counter() - asked
-            self._count_bad(batch)
-            scalars = self._take_step(batch)
-            self.telemetry.step(scalars, waited)
-            self.step += 1
-            last = self.step == self.steps
-            if self.step % training.log_every == 0 or last or self.step % self.epoch_steps == 0:
-                self._log()
-            if self._due(training.validate_every) or last:
-                self._validate()
-            if self._due(training.checkpoint_every) or last:
-                self._save()
+        rate = matrix_rate(self.device)
+        if rate is not None:
+            self.telemetry.utilisation(self.flops_per_pair(), rate)
+        with StopRequest(self.ranks) as stop:
+            batches = self._batches()
+            self.stepper.parallel.train()
+            self.telemetry.restart()
+            while self.step < self.steps:
+                asked = time.perf_counter()
+                batch = next(batches).to(self.device)
+                waited = time.perf_counter() - asked
+                self._count_bad(batch)
+                self.items_since_log.append(batch.item_ids)
+                self.telemetry.step(self.stepper.take(batch, self.step, self.steps), waited)
+                self.step += 1
+                last = self.step == self.steps
+                stopping = stop.requested(self.step)
+                if self.step % training.log_every == 0 or last or stopping or self.step % self.epoch_steps == 0:
+                    self._log()
+                if self._due(training.validate_every) or last:
+                    self._validate()
+                steps = training.checkpoint_steps
+                if self._due(training.checkpoint_every) or last or stopping or (steps and self.step % steps == 0):
+                    self._save()
+                if stopping and not last:
+                    self.telemetry.say(f"Stopped at step {self.step}; go on with training.resume=true.")
+                    return
         self.telemetry.say(f"Done: {self.steps} steps; the best model is in {self.directory / 'best'}.")
 
-    def _take_step(self, batch: Batch) -> dict[str, torch.Tensor]:
-        config = self.config
-        set_rates(self.optimizer, rate_factor(self.step, self.steps, config.optimizer))
-        pixels = self.jitter(batch.pixels).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            image, text = self.parallel(pixels, batch.token_ids)
-            image_momentum, text_momentum = image, text
-            if self.objective.uses_momentum:
-                with torch.no_grad():
-                    image_momentum, text_momentum = self.momentum.network(pixels, batch.token_ids)
-        # an item with several captions becomes as many pairs, its picture encoded once
-        captions = config.data.captions_per_item
-        item_ids = batch.item_ids.repeat_interleave(captions)
-        features = PairFeatures(
-            image=image.embedding.repeat_interleave(captions, dim=0),
-            text=text.embedding,
-            item_ids=item_ids,
-            image_momentum=gather(image_momentum.embedding.repeat_interleave(captions, dim=0)),
-            text_momentum=gather(text_momentum.embedding),
-            all_item_ids=gather(item_ids),
-        )
-        output = self.objective(features)
-        output.loss.backward()
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm or float("inf"))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.objective.uses_momentum:
-            self.momentum.update()
-        self._update_average()
-        self.objective.enqueue(features)
-        return {**output.scalars, "gradient_norm": norm.detach()}
+    def flops_per_pair(self) -> float:
+        """Model FLOPs of a step, divided by its items (pairs that share a picture count once)."""
+        size = self.config.data.image_size or self.config.model.image_tower.image_size
+        frames = self.config.data.frames_per_item
+        length = self.config.model.text_tower.max_length
 
-    def _update_average(self) -> None:
-        if self.average is None:
-            return
-        if self.step < self.config.training.averaging_start * self.steps:
-            self.average.reset()
-        else:
-            self.average.update()
+        def take(count: int) -> None:
+            shape = (count, frames, 3, size, size) if frames > 1 else (count, 3, size, size)
+            pixels = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+            captions = count * self.config.data.captions_per_item
+            token_ids = torch.ones(captions, length, dtype=torch.int64, device=self.device)
+            self.stepper.rehearse(Batch(pixels, token_ids, torch.arange(count, device=self.device)))
+
+        return flops_per_pair(take, self.config.training.batch_size // self.ranks.count)
+
+    def _batches(self) -> Iterator[Batch]:
+        data = self.config.data
+        size = data.image_size or self.config.model.image_tower.image_size
+        sampler = self.sampler.between(self.step, self.steps)
+        if data.cache_side is None:
+            pinned = self.device.type == "cuda"
+            return iter(training_loader(self.sources, data, self.tokenizer, size, sampler, pin_memory=pinned))
+        started = time.perf_counter()
+        cache = PixelCache(self.sources, self.tokenizer, data.cache_side, data.workers, self.device)
+        seconds, size_mib = time.perf_counter() - started, cache.pixels.nbytes / 2**20
+        self.telemetry.say(f"{len(cache)} items decoded in {seconds:.0f} s into {size_mib:.0f} MiB")
+        self._refuse_too_many_bad(cache.bad, len(cache))
+        return cached_batches(cache, data, sampler, size, self.config.training.seed)
 
     def _log(self) -> None:
         factor = rate_factor(self.step - 1, self.steps, self.config.optimizer)
-        means = self.telemetry.flush(self.step, self.step / self.epoch_steps, {"rate_factor": factor})
+        means = self.telemetry.flush(
+            self.step, self.step / self.epoch_steps, {"learning_rate": factor * self.config.optimizer.learning_rate}
+        )
         if not math.isfinite(means["loss"]):
             raise TrainingError(
-                f"The loss is no longer a number at step {self.step}; lower the learning rate or set "
-                "optimizer.clip_norm."
+                f"The loss is no longer a number at step {self.step}; the items of the last steps are named in "
+                f"{self._name_items()}. Lower the learning rate or set optimizer.clip_norm."
             )
+        self.items_since_log.clear()
+
+    def _name_items(self) -> Path:
+        """Write the names of the items since the last row of the log; returns the file."""
+        path = self.directory / f"last-items-rank{self.ranks.rank}.jsonl"
+        with path.open("w", encoding="utf-8") as file:
+            first = self.step - len(self.items_since_log) + 1
+            for step, item_ids in enumerate(self.items_since_log, first):
+                names = [name_of(self.sources, item) for item in item_ids.tolist()]
+                file.write(json.dumps({"step": step, "items": names}) + "\n")
+        return path
 
     def _validate(self) -> None:
         if self.validation is None or not self.config.data.validation:
             return
-        network = self.encoder if self.average is None else self.average.network
+        average, encoder = self.stepper.average, self.stepper.network.encoder
+        network = encoder if average is None else average.network
         network.eval()
         results = self.validation.measure(network, self.device)
-        self.encoder.train()
+        encoder.train()
         score, epoch = criterion(results), self.step / self.epoch_steps
         self.telemetry.validation(self.step, epoch, results)
         for path, metrics in results.items():
@@ -235,65 +252,53 @@ class Run:
             "step": self.step,
             "best": self.best,
             "samples": [self.samples_read, self.samples_bad],
-            "encoder": self.encoder.state_dict(),
-            "momentum": self.momentum.network.state_dict(),
-            "average": self.average.network.state_dict() if self.average else None,
-            "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "random": random,
+            **self.stepper.state(),
         }
         save_checkpoint(self.directory, state, self.step, self.config.training.keep_checkpoints)
 
     def _restore(self, path: Path) -> None:
         state = read_checkpoint(path)
-        before, now = state["config"], self.config.model_dump(mode="json")
-        for section in ("model", "data", "objective", "optimizer"):
-            if before[section] != now[section]:
-                raise ConfigError(f"{path} was trained with another {section!r} section; start a new training.output.")
-        for name in _KEPT_ON_RESUMING:
-            if before["training"][name] != now["training"][name]:
-                raise ConfigError(
-                    f"{path} was trained with training.{name}={before['training'][name]}, not {now['training'][name]}; "
-                    "give the same value or start a new training.output."
-                )
-        self.encoder.load_state_dict(state["encoder"])
-        self.momentum.network.load_state_dict(state["momentum"])
-        if self.average is not None:
-            self.average.network.load_state_dict(state["average"])
-        self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        refuse_other_training(path, state["config"], self.config.model_dump(mode="json"))
+        self.stepper.restore(state)
         self.step, self.best = state["step"], state["best"]
         self.samples_read, self.samples_bad = state["samples"]
-        restore_random_state(state["random"], self.ranks.rank)
+        restore_random_state(state["random"], self.ranks.rank, self.ranks.count)
 
     def _due(self, epochs: int) -> bool:
         return epochs > 0 and self.step % (epochs * self.epoch_steps) == 0
 
     def _count_bad(self, batch: Batch) -> None:
         self.samples_read += len(batch.item_ids)
-        self.samples_bad += len(batch.bad)
-        for name, reason in batch.bad:
+        self._refuse_too_many_bad(batch.bad, self.samples_read)
+
+    def _refuse_too_many_bad(self, bad: list[tuple[str, str]], read: int) -> None:
+        self.samples_bad += len(bad)
+        for name, reason in bad:
             self.telemetry.say(f"skipped {name}: {reason}")
-        allowed = self.config.data.max_bad_share * max(self.samples_read, 1000)
+        allowed = self.config.data.max_bad_share * max(read, 1000)
         if self.samples_bad > allowed:
             raise TrainingError(
-                f"{self.samples_bad} of {self.samples_read} samples could not be read, more than data.max_bad_share "
-                f"allows; the last: {batch.bad[-1][0] if batch.bad else 'named above'}."
+                f"{self.samples_bad} of {read} samples could not be read, more than data.max_bad_share "
+                f"allows; the last: {bad[-1][0] if bad else 'named above'}."
             )
 
     def _introduction(self) -> str:
-        weights = sum(parameter.numel() for parameter in self.encoder.parameters())
+        weights = sum(parameter.numel() for parameter in self.stepper.network.encoder.parameters())
         pairs = sum(len(source) for source in self.sources)
         return (
             f"{weights / 1e6:.1f} M parameters, {pairs} items, "
             f"{self.steps} steps of {self.config.training.batch_size} pairs ({self.epoch_steps} an epoch), "
-            f"{self.ranks.count} x {self.device.type}, {'bf16' if self.dtype else 'fp32'}; "
+            f"{self.ranks.count} x {self.device.type}, {'bf16' if self.stepper.low_precision else 'fp32'}; "
             f"from step {self.step}; into {self.directory}"
         )
 
 
-def _uses_bf16(precision: str, device: torch.device) -> bool:
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+def _visual_tokenizer(config: PretrainConfig, device: torch.device) -> VisualTokenizer | None:
+    masked = config.objective.masked_modeling
+    if not masked.image_weight:
+        return None
+    return load_visual_tokenizer(masked.visual_tokenizer).to(device)
 
 
 def _checkpoint_to_resume(directory: Path, resume: bool) -> Path | None:

@@ -14,9 +14,14 @@ from torchvision.transforms.v2 import functional as F
 from cots.config import AugmentationConfig
 from cots.data.square_transform import SquareTransform
 
-__all__ = ["ColorJitter", "SquareTransform", "TrainingTransform"]
+__all__ = ["ColorJitter", "SquareTransform", "TrainingTransform", "mentions_side"]
 
 _SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+
+
+def mentions_side(caption: str) -> bool:
+    """Whether a mirror image would make a caption wrong: it says left or right."""
+    return _SIDED.search(caption) is not None
 
 
 class TrainingTransform:
@@ -44,7 +49,7 @@ class TrainingTransform:
         for transform in self._on_picture:
             image = transform(image)
         pixels = F.pil_to_tensor(image)
-        if torch.rand(()) < self._flip and not any(_SIDED.search(caption) for caption in captions):
+        if torch.rand(()) < self._flip and not any(mentions_side(caption) for caption in captions):
             pixels = F.horizontal_flip(pixels)
         for transform in self._on_pixels:
             pixels = transform(pixels)

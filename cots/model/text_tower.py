@@ -34,6 +34,11 @@ class TextTower(Tower):
         weights = (token_ids != PAD).unsqueeze(-1).to(tokens.dtype)
         return TowerOutput((tokens * weights).sum(dim=1) / weights.sum(dim=1), tokens)
 
+    @property
+    def word_embeddings(self) -> Tensor:
+        """(vocabulary, C), by which hidden word pieces are also decoded."""
+        return self.bert.embeddings.word_embeddings.weight
+
     def set_activation_checkpointing(self, enabled: bool) -> None:
         self.bert.activation_checkpointing = enabled
 

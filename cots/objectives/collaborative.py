@@ -1,7 +1,7 @@
 """The COTS objective: the weighted sum of its levels over one batch, and the state (temperature, queues) they share.
 
-Masked modelling (token level), task alignment and the noise filter join here; a level whose weight is 0 must skip its
-compute.
+The instance and the task level are computed here from the embeddings of a batch, under the noise filter; the token
+level needs the towers' token outputs and comes in as losses. A level whose weight is 0 is not computed.
 """
 
 import math
@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from cots.config import ObjectiveConfig
-from cots.objectives.contrastive import MomentumContrastive, PairFeatures
+from cots.objectives.contrastive import contrastive_losses
 from cots.objectives.feature_queue import FeatureQueue
+from cots.objectives.noise_filter import NoiseFilter
+from cots.objectives.retrieval import PairFeatures, retrieval_tasks
+from cots.objectives.task_alignment import agreement, alignment_losses
 
 
 @dataclass
 class ObjectiveOutput:
     """Attributes:
-    loss: () float32, to be differentiated: the mean over this rank's pairs.
-    scalars: detached () values for the log: each loss by name, temperature, similarities, queue fill.
+    loss: () float32, to be differentiated: its mean over the ranks is that of the global batch.
+    scalars: detached () values for the log: each loss by name, temperature, similarities, queue fill, share kept.
     """
 
     loss: Tensor
@@ -30,8 +33,8 @@ class CollaborativeObjective(nn.Module):
     def __init__(self, config: ObjectiveConfig, dimension: int) -> None:
         super().__init__()
         self.config = config
-        self.contrastive = MomentumContrastive(config.contrastive)
         self.queue = FeatureQueue(config.contrastive.queue_size, dimension)
+        self.filter = NoiseFilter(config.noise_filter)
         self.log_temperature = nn.Parameter(
             torch.tensor(math.log(config.temperature)), requires_grad=config.learn_temperature
         )
@@ -39,7 +42,14 @@ class CollaborativeObjective(nn.Module):
     @property
     def uses_momentum(self) -> bool:
         """Whether any level looks at the momentum towers; if none does, they need not be computed."""
-        return self.config.contrastive.in_batch != "online" or self.queue.size > 0
+        return self.compares and (
+            self.config.contrastive.in_batch != "online" or self.queue.size > 0 or self.filter.enabled
+        )
+
+    @property
+    def compares(self) -> bool:
+        """Whether the instance or the task level is on."""
+        return self.config.contrastive.weight > 0 or self.config.task_alignment.weight > 0
 
     @property
     def temperature(self) -> Tensor:
@@ -48,22 +58,56 @@ class CollaborativeObjective(nn.Module):
             return self.log_temperature.exp()
         return self.log_temperature.clamp(math.log(0.01), math.log(0.5)).exp()
 
-    def forward(self, batch: PairFeatures) -> ObjectiveOutput:
-        """Sum the levels over a batch. The queues are not touched; call `enqueue` after the step's backward pass."""
-        temperature = self.temperature
-        output = self.contrastive(batch, self.queue, temperature)
-        contrastive = output.losses.mean()
-        loss = self.config.contrastive.weight * contrastive
-        scalars = {
-            "loss": loss.detach(),
-            "loss_contrastive": contrastive.detach(),
-            "temperature": temperature.detach(),
-            "positive_similarity": output.positive,
-            "negative_similarity": output.negative,
-            "queue_fill": self.queue.fill.float() / max(1, self.queue.size),
-        }
+    def forward(self, batch: PairFeatures, progress: float = 1.0) -> ObjectiveOutput:
+        """Sum the instance and the task level over a batch.
+
+        The queues are not touched; call `enqueue` after the step's backward pass. `progress` is the share of the
+        training that is done, in [0, 1].
+        """
+        scalars: dict[str, Tensor] = {}
+        loss = (batch.image.sum() + batch.text.sum()) * 0  # with both levels off, something to differentiate
+        if self.compares:
+            contrastive, alignment = self.config.contrastive, self.config.task_alignment
+            temperature = self.temperature
+            tasks = retrieval_tasks(batch, self.queue, temperature, contrastive.in_batch)
+            kept = self._kept(batch, progress)
+            if contrastive.weight:
+                own = _mean_of_kept(contrastive_losses(tasks, contrastive.label_smoothing), batch, kept)
+                loss = loss + contrastive.weight * own
+                scalars["loss_contrastive"] = own.detach()
+            if alignment.weight:
+                own = _mean_of_kept(alignment_losses(tasks, alignment.gradient), batch, kept)
+                loss = loss + alignment.weight * own
+                scalars["loss_alignment"] = own.detach()
+                scalars["direction_agreement"] = agreement(tasks)
+            scalars |= {
+                "temperature": temperature.detach(),
+                "positive_similarity": tasks.positive,
+                "negative_similarity": tasks.negative,
+            }
+            if self.queue.size:
+                scalars["queue_fill"] = self.queue.fill.float() / self.queue.size
+            if kept is not None:
+                scalars["filter_kept"] = kept.float().mean()
+                scalars["filter_threshold"] = self.filter.threshold()
         return ObjectiveOutput(loss, scalars)
 
     def enqueue(self, batch: PairFeatures) -> None:
         """Make this global batch the newest rows of the queues, on every rank alike."""
         self.queue.enqueue(batch.image_momentum, batch.text_momentum, batch.all_item_ids)
+        if self.filter.enabled:
+            self.filter.enqueue(batch.image_momentum, batch.text_momentum)
+
+    def _kept(self, batch: PairFeatures, progress: float) -> Tensor | None:
+        """(W*B,) bool of the global batch, or None without a filter."""
+        if not self.filter.enabled:
+            return None
+        return self.filter.keep(batch.image_momentum, batch.text_momentum, progress)
+
+
+def _mean_of_kept(losses: Tensor, batch: PairFeatures, kept: Tensor | None) -> Tensor:
+    """This rank's part of the mean over the kept pairs of the global batch, so scaled that the ranks' mean is it."""
+    if kept is None:
+        return losses.mean()
+    ranks = len(kept) // len(losses)
+    return (losses * kept[batch.own_rows]).sum() * ranks / kept.sum().clamp_min(1)

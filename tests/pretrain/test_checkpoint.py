@@ -50,7 +50,7 @@ def test_the_random_state_comes_back() -> None:
     torch.manual_seed(5)
     states = random_state()
     drawn = torch.rand(4)
-    restore_random_state(states, 0)
+    restore_random_state(states, 0, 1)
     assert torch.equal(torch.rand(4), drawn)
     with pytest.raises(TrainingError, match="written by 1 ranks"):
-        restore_random_state(states, 1)
+        restore_random_state(states, 1, 2)

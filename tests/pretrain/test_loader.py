@@ -15,8 +15,7 @@ LENGTHS, WEIGHTS = (10, 7, 4), (1.0, 2.5, 0.5)
 
 
 def _steps(seed: int = 0, rank: int = 0, ranks: int = 1, first: int = 0) -> list[list[tuple[int, int]]]:
-    sampler = StepSampler(LENGTHS, WEIGHTS, batch_size=6, steps=20, seed=seed, rank=rank, ranks=ranks)
-    sampler.first_step = first
+    sampler = StepSampler(LENGTHS, WEIGHTS, batch_size=6, seed=seed, rank=rank, ranks=ranks).between(first, 20)
     assert len(sampler) == 20 - first
     return list(sampler)
 
@@ -73,20 +72,10 @@ def batches(shards: Path, vocabulary_file: Path) -> Callable[..., list[Batch]]:
         config = DataConfig(
             train=[SourceConfig(path=str(path or shards / "train-*.tar"))], captions_per_item=2, workers=workers
         )
-        loader = training_loader(
-            [open_source(source) for source in config.train],
-            config,
-            WordPieceTokenizer.from_file(vocabulary_file, 16),
-            32,
-            batch_size=8,
-            steps=7,
-            first_step=first_step,
-            seed=3,
-            rank=rank,
-            ranks=ranks,
-            pin_memory=False,
-        )
-        return list(loader)
+        sources = [open_source(source) for source in config.train]
+        sampler = StepSampler([len(source) for source in sources], [1.0], 8, 3, rank, ranks).between(first_step, 7)
+        tokenizer = WordPieceTokenizer.from_file(vocabulary_file, 16)
+        return list(training_loader(sources, config, tokenizer, 32, sampler, pin_memory=False))
 
     return load
 

@@ -1,0 +1,87 @@
+"""Both retrieval tasks of a batch as probability distributions: what the instance level and the task level share.
+
+For every pair, the image chooses among texts and the text among images. Candidate 0 is the pair's own; the others are
+the rest of the global batch (if configured) and the queue. Candidate j of both directions comes from the same pair.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cots.objectives.feature_queue import FeatureQueue
+from cots.objectives.gathering import gather_with_gradient, rank_offset
+
+# the logit of what is no candidate: its probability is exactly 0, and 0 * log(0) stays a number
+_EXCLUDED = -1e4
+
+
+@dataclass
+class PairFeatures:
+    """A batch of pairs on one rank, with the momentum features of the whole global batch.
+
+    Attributes:
+        image, text: (B, D) float32, unit norm, with gradient.
+        item_ids: (B,) int64.
+        image_momentum, text_momentum, all_item_ids: (W*B, D), (W*B, D), (W*B,), gathered in rank order, without
+            gradient.
+    """
+
+    image: Tensor
+    text: Tensor
+    item_ids: Tensor
+    image_momentum: Tensor
+    text_momentum: Tensor
+    all_item_ids: Tensor
+
+    @property
+    def own_rows(self) -> slice:
+        """This rank's rows of the gathered features."""
+        start = rank_offset(len(self.item_ids))
+        return slice(start, start + len(self.item_ids))
+
+
+@dataclass
+class RetrievalTasks:
+    """Attributes:
+    image_to_text, text_to_image: (B, 1 + N) float32 log-probabilities, column 0 the pair's own candidate.
+    allowed: (B, N) bool, which of the others are candidates: written rows of other items.
+    positive, negative: () mean similarity to the pair's own and to other items' features, for the log.
+    """
+
+    image_to_text: Tensor
+    text_to_image: Tensor
+    allowed: Tensor
+    positive: Tensor
+    negative: Tensor
+
+
+def retrieval_tasks(batch: PairFeatures, queue: FeatureQueue, temperature: Tensor, in_batch: str) -> RetrievalTasks:
+    """Both directions over the queue and, by `in_batch` (see ContrastiveConfig), the other pairs of the batch."""
+    with torch.autocast(batch.image.device.type, enabled=False):
+        texts, images = batch.text_momentum, batch.image_momentum
+        if in_batch == "online":
+            texts, images = gather_with_gradient(batch.text), gather_with_gradient(batch.image)
+        allowed = queue.negatives_of(batch.item_ids)
+        if in_batch != "none":
+            allowed = torch.cat([batch.item_ids[:, None] != batch.all_item_ids, allowed], dim=1)
+
+        def direction(anchors: Tensor, own: Tensor, queued: Tensor) -> tuple[Tensor, Tensor]:
+            others = queued if in_batch == "none" else torch.cat([own, queued])
+            positive = (anchors * own[batch.own_rows]).sum(dim=1, keepdim=True)
+            return positive, anchors @ others.T
+
+        def log_probabilities(positive: Tensor, others: Tensor) -> Tensor:
+            logits = torch.cat([positive, others], dim=1) / temperature
+            logits[:, 1:].masked_fill_(~allowed, _EXCLUDED)
+            return torch.log_softmax(logits, dim=1)
+
+        to_text, to_image = direction(batch.image, texts, queue.text), direction(batch.text, images, queue.image)
+        negative = sum((others.detach() * allowed).sum() for _, others in (to_text, to_image))
+        return RetrievalTasks(
+            log_probabilities(*to_text),
+            log_probabilities(*to_image),
+            allowed,
+            (to_text[0].detach().mean() + to_image[0].detach().mean()) / 2,
+            negative / (2 * allowed.sum()).clamp_min(1),
+        )

@@ -1,0 +1,92 @@
+"""What learns: the dual encoder and the heads of the token level, as one module that DistributedDataParallel wraps."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from cots.config import MaskedModelingConfig
+from cots.data.masking import HiddenWords, patch_mask
+from cots.model.dual_encoder import DualEncoder
+from cots.objectives.masked_modeling import MaskedModelingHead
+
+
+@dataclass
+class HiddenPatches:
+    """Attributes:
+    places: (B, K) int64, the hidden patches.
+    targets: (B, K) int64, their visual tokens.
+    grid: side of the grid that the places count through, row by row.
+    """
+
+    places: Tensor
+    targets: Tensor
+    grid: int
+
+
+@dataclass
+class NetworkOutput:
+    """Attributes:
+    image: (B, D), text: (B * captions, D) float32, unit norm.
+    masked_losses: (B,) float32, the weighted sum of the token level's losses; None if it is off.
+    scalars: detached () values for the log.
+    """
+
+    image: Tensor
+    text: Tensor
+    masked_losses: Tensor | None
+    scalars: dict[str, Tensor]
+
+
+class TrainingNetwork(nn.Module):
+    """The encoder, and a head for each kind of masked modelling whose weight is not 0."""
+
+    def __init__(self, encoder: DualEncoder, config: MaskedModelingConfig, codebook: int, vocabulary: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.config = config
+        dimension = encoder.config.embedding_dim
+        self.image_head = (
+            MaskedModelingHead(encoder.image_tower.width, dimension, codebook, tied=False)
+            if config.image_weight
+            else None
+        )
+        self.text_head = (
+            MaskedModelingHead(encoder.text_tower.width, dimension, vocabulary, tied=True)
+            if config.text_weight
+            else None
+        )
+
+    def forward(
+        self, pixels: Tensor, token_ids: Tensor, patches: HiddenPatches | None = None, words: HiddenWords | None = None
+    ) -> NetworkOutput:
+        """Encode a batch, and predict what is hidden of it.
+
+        The masked passes take the global embeddings of the unmasked ones: nothing is encoded twice. An item's masked
+        picture (the first frame of a clip) meets its first caption, and its masked first caption the picture.
+
+        Args:
+            pixels: (B, 3, S, S) or (B, F, 3, S, S) uint8.
+            token_ids: (B * captions, L) int64, the captions of an item side by side.
+            patches: of the B pictures; words: of the B first captions.
+        """
+        image = self.encoder.encode_image(pixels).embedding
+        text = self.encoder.encode_text(token_ids).embedding
+        captions = len(token_ids) // len(pixels)
+        losses: Tensor | None = None
+        scalars: dict[str, Tensor] = {}
+        if self.image_head is not None and patches is not None:
+            first = pixels if pixels.ndim == 4 else pixels[:, 0]
+            tokens = self.encoder.encode_image(first, patch_mask(patches.places, patches.grid)).tokens
+            output = self.image_head(tokens, patches.places, patches.targets, text[::captions])
+            losses = self.config.image_weight * output.losses
+            scalars["loss_masked_image"] = output.losses.detach().mean()
+            scalars["masked_image_accuracy"] = output.accuracy
+        if self.text_head is not None and words is not None:
+            tokens = self.encoder.encode_text(words.token_ids).tokens
+            weight = self.encoder.text_tower.word_embeddings
+            output = self.text_head(tokens, words.places, words.targets, image, weight)
+            own = self.config.text_weight * output.losses
+            losses = own if losses is None else losses + own
+            scalars["loss_masked_text"] = output.losses.detach().mean()
+            scalars["masked_text_accuracy"] = output.accuracy
+        return NetworkOutput(image, text, losses, scalars)

@@ -1,0 +1,155 @@
+"""Collections that fit in memory, decoded once: pixels on the device, batches without a loader.
+
+As in loader.py, what a sample becomes is drawn from (seed, its place in the training): the k-th sample of a training
+is the same for any number of ranks, and a run can go on at any step.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cots.config import DataConfig
+from cots.data.device_augmentation import DRAWS, DeviceAugmentation
+from cots.data.transforms import SquareTransform, mentions_side
+from cots.errors import MediaError, SourceError
+from cots.model.text_tower import WordPieceTokenizer
+from pretrain.loader import CLIP_FRAMES, Batch, PairSource, StepSampler
+
+_CAPTIONS = 16  # of an item take part in the draw
+_PHILOX_WORDS = 4  # random numbers that one step of numpy's Philox counter gives
+
+
+class PixelCache:
+    """Pixels and word pieces of every pair of some sources.
+
+    Items keep the numbers that they have in the sources; those that cannot be read stand empty and are named in `bad`.
+
+    Attributes:
+        pixels: (F, 3, R, R) uint8 on the device, the frames of all items one after another.
+        first_frame: (N + 1,) int64, where each item's frames begin.
+        token_ids: (T, L) int64 on the device, the captions of all items one after another.
+        first_caption: (N + 1,) int64, where each item's captions begin.
+        sided: (N,) bool, a caption says left or right.
+        bad: name and reason of items that cannot be read.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[PairSource],
+        tokenizer: WordPieceTokenizer,
+        side: int,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        loader = DataLoader(
+            _Squares(sources, side),
+            batch_size=None,
+            num_workers=workers,
+            generator=torch.Generator(),
+            prefetch_factor=16 if workers else None,
+        )
+        frames: list[Tensor] = []
+        captions: list[list[str]] = []
+        self.bad: list[tuple[str, str]] = []
+        for squares, own, problem in loader:
+            frames.append(squares)
+            captions.append(own)
+            if problem is not None:
+                self.bad.append(problem)
+        self.pixels = torch.cat(frames).to(device)
+        self.first_frame = _starts([len(part) for part in frames])
+        texts = [text for own in captions for text in own]
+        self.token_ids = tokenizer(texts, pad_to_max=True).to(device)
+        self.first_caption = _starts([len(own) for own in captions])
+        self.sided = np.array([any(mentions_side(text) for text in own) for own in captions])
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.sided)
+
+
+class _Squares(Dataset[tuple[Tensor, list[str], tuple[str, str] | None]]):
+    """Item -> ((F, 3, R, R) uint8, captions, name and reason if it cannot be read)."""
+
+    def __init__(self, sources: Sequence[PairSource], side: int) -> None:
+        self.items = [(source, index) for source in sources for index in range(len(source))]
+        self.side = side
+        self.transform = SquareTransform(side)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, list[str], tuple[str, str] | None]:
+        source, index = self.items[place]
+        try:
+            pair = source.read(index)
+            frames = torch.stack([self.transform(frame) for frame in pair.frames(CLIP_FRAMES)])
+            return frames, list(pair.captions)[:_CAPTIONS], None
+        except MediaError as error:
+            return torch.empty(0, 3, self.side, self.side, dtype=torch.uint8), [], (source.name(index), error.reason)
+
+
+def cached_batches(
+    cache: PixelCache, config: DataConfig, sampler: StepSampler, image_size: int, seed: int
+) -> Iterator[Batch]:
+    """This rank's `Batch` for each of the sampler's steps, made on the device.
+
+    Raises:
+        SourceError: nothing could be read.
+    """
+    augment = DeviceAugmentation(image_size, config.augmentation)
+    frame_counts, caption_counts = np.diff(cache.first_frame), np.diff(cache.first_caption)
+    good = np.flatnonzero((frame_counts > 0) & (caption_counts > 0))
+    if len(good) == 0:
+        raise SourceError("None of the training items could be read.")
+    for step in sampler:
+        places, items = (np.array(side) for side in zip(*step))
+        draws = uniform_draws(seed, int(places[0]), len(places))
+        readable = (frame_counts[items] > 0) & (caption_counts[items] > 0)
+        items = np.where(readable, items, good[items % len(good)])
+        captions = _choose_captions(draws, caption_counts[items], config.captions_per_item)
+        token_rows = (cache.first_caption[items][:, None] + captions).reshape(-1)
+        frames = _choose_frames(draws, frame_counts[items], config.frames_per_item)
+        pixel_rows = (cache.first_frame[items][:, None] + frames).reshape(-1)
+
+        def on_device(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values).to(cache.device, non_blocking=True)
+
+        own = on_device(draws[:, :DRAWS].astype(np.float32)).repeat_interleave(config.frames_per_item, dim=0)
+        may_flip = on_device(~cache.sided[items]).repeat_interleave(config.frames_per_item)
+        pixels = augment(cache.pixels[on_device(pixel_rows)], own, may_flip)
+        if config.frames_per_item > 1:
+            pixels = pixels.view(len(items), config.frames_per_item, *pixels.shape[1:])
+        yield Batch(pixels, cache.token_ids[on_device(token_rows)], on_device(items))
+
+
+def uniform_draws(seed: int, place: int, count: int) -> np.ndarray:
+    """(count, M) uniform numbers in [0, 1): row k belongs to the sample at place + k of the training, whoever asks."""
+    width = DRAWS + _CAPTIONS + _PHILOX_WORDS * 2
+    width += -width % _PHILOX_WORDS
+    philox = np.random.Philox(key=seed)
+    philox.advance(place * width // _PHILOX_WORDS)
+    return np.random.Generator(philox).random((count, width))
+
+
+def _choose_captions(draws: np.ndarray, counts: np.ndarray, wanted: int) -> np.ndarray:
+    """(B, wanted) places among each item's captions: different ones as long as there are enough."""
+    scores = draws[:, DRAWS : DRAWS + _CAPTIONS].copy()
+    scores[np.arange(_CAPTIONS) >= counts[:, None]] = 2
+    order = scores.argsort(axis=1)
+    return np.take_along_axis(order, np.arange(wanted) % counts[:, None], axis=1)
+
+
+def _choose_frames(draws: np.ndarray, counts: np.ndarray, wanted: int) -> np.ndarray:
+    """(B, wanted) places among each item's frames, one in each of `wanted` equal segments."""
+    within = draws[:, DRAWS + _CAPTIONS : DRAWS + _CAPTIONS + wanted]
+    if within.shape[1] < wanted:
+        within = np.repeat(draws[:, -1:], wanted, axis=1)
+    return ((np.arange(wanted) + within) / wanted * counts[:, None]).astype(np.int64)
+
+
+def _starts(counts: Sequence[int]) -> np.ndarray:
+    return np.cumsum([0, *counts])

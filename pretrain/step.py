@@ -1,0 +1,312 @@
+"""One step of training, from a batch to updated weights, averages and queues."""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cots.config import PretrainConfig
+from cots.data.masking import HiddenWords, hide_patches, hide_words
+from cots.data.transforms import ColorJitter
+from cots.model.text_tower import WordPieceTokenizer
+from cots.model.visual_tokenizer import VisualTokenizer
+from cots.objectives.collaborative import CollaborativeObjective
+from cots.objectives.gathering import gather
+from cots.objectives.retrieval import PairFeatures
+from pretrain.distributed import Ranks
+from pretrain.loader import Batch
+from pretrain.momentum import MovingAverage
+from pretrain.network import HiddenPatches, NetworkOutput, TrainingNetwork
+from pretrain.optimizer import create_optimizer, rate_factor, set_rates
+from pretrain.working_copy import WorkingCopy
+
+Scalars = dict[str, Tensor]
+
+
+class TrainingStep:
+    """All that changes from step to step: weights, averages, optimizer state, queues.
+
+    Attributes:
+        network: the fp32 weights that are optimized.
+        momentum: the momentum towers; `average`: the slow average that is shipped, if there is one.
+    """
+
+    def __init__(
+        self,
+        network: TrainingNetwork,
+        objective: CollaborativeObjective,
+        config: PretrainConfig,
+        ranks: Ranks,
+        tokenizer: WordPieceTokenizer,
+        visual_tokenizer: VisualTokenizer | None,
+    ) -> None:
+        training = config.training
+        self.config, self.ranks, self.device = config, ranks, ranks.device
+        self.network, self.objective = network, objective
+        self.tokenizer, self.visual_tokenizer = tokenizer, visual_tokenizer
+        self.momentum = MovingAverage(network.encoder, config.objective.momentum)
+        self.average = MovingAverage(network.encoder, training.averaging) if training.averaging else None
+        heads = [head for head in (network.image_head, network.text_head) if head is not None]
+        self.optimizer = create_optimizer(network.encoder, nn.ModuleList([objective, *heads]), config.optimizer)
+        self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        dtype = torch.bfloat16 if uses_bf16(training.precision, self.device) else None
+        self.working = WorkingCopy(network, dtype)
+        self.momentum_working = WorkingCopy(self.momentum.network, dtype)
+        self.jitter = ColorJitter(config.data.augmentation.color)
+        if training.activation_checkpointing:
+            self.working.network.encoder.set_activation_checkpointing(True)
+        if training.compile:
+            _compile(self.working.network)
+            _compile_encoder(self.momentum_working.network)
+        self.parallel: nn.Module = self.working.network
+        if ranks.count > 1:
+            # the views save a copy of all gradients; the buckets are reduced while the backward pass goes on
+            self.parallel = DistributedDataParallel(
+                self.working.network, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def take(self, batch: Batch, step: int, steps: int) -> Scalars:
+        """Train on one batch; returns values for the log, still on the device."""
+        config = self.config
+        set_rates(self.optimizer, rate_factor(step, steps, config.optimizer))
+        pixels = self.augment(batch.pixels)
+        patches, words = self.hide(pixels, batch.token_ids)
+        if config.training.accumulation == 1:
+            output = self.parallel(pixels, batch.token_ids, patches, words)
+            features = self.pair_features(output, Batch(pixels, batch.token_ids, batch.item_ids))
+            result = self.objective(features, step / steps)
+            loss = result.loss if output.masked_losses is None else result.loss + output.masked_losses.mean()
+            loss.backward()
+            scalars = {"loss": loss.detach(), **result.scalars, **output.scalars}
+        else:
+            features, scalars = self._accumulate(batch, pixels, patches, words, step / steps)
+        scalars["gradient_norm"] = self._update()
+        if self.average is not None:
+            if step < config.training.averaging_start * steps:
+                self.average.reset()
+            else:
+                self.average.update()
+        self.objective.enqueue(features)
+        return scalars
+
+    def rehearse(self, batch: Batch) -> None:
+        """The maths of a step in one part and eagerly, without learning: for counting FLOPs.
+
+        In evaluation mode, so that no statistic moves; the random state is left as it was.
+        """
+        state = _random_state(self.device)
+        network = self.working.network
+        network.eval()
+        patches, words = self.hide(batch.pixels, batch.token_ids)
+        output = network(batch.pixels, batch.token_ids, patches, words)
+        loss = self.objective(self.pair_features(output, batch, parts=1)).loss
+        if output.masked_losses is not None:
+            loss = loss + output.masked_losses.mean()
+        loss.backward()
+        network.zero_grad(set_to_none=True)
+        self.objective.zero_grad(set_to_none=True)
+        network.train()
+        _set_random_state(self.device, state)
+
+    @property
+    def low_precision(self) -> bool:
+        return self.working.network is not self.network
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a step changes, for a checkpoint."""
+        return {
+            "network": self.network.state_dict(),
+            "momentum": self.momentum.network.state_dict(),
+            "average": self.average.network.state_dict() if self.average else None,
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.network.load_state_dict(state["network"])
+        self.momentum.network.load_state_dict(state["momentum"])
+        if self.average is not None:
+            self.average.network.load_state_dict(state["average"])
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.working.take_weights()
+        self.momentum_working.take_weights()
+
+    def augment(self, pixels: Tensor) -> Tensor:
+        """Colour jitter on the device, one draw for all frames of a clip; channels last for convolutions."""
+        frames = pixels.shape[1] if pixels.ndim == 5 else 1
+        if frames > 1:
+            shape = pixels.shape
+            tall = pixels.transpose(1, 2).reshape(shape[0], 3, frames * shape[3], shape[4])
+            return self.jitter(tall).view(shape[0], 3, frames, *shape[3:]).transpose(1, 2).contiguous()
+        return self.jitter(pixels).contiguous(memory_format=torch.channels_last)
+
+    def hide(self, pixels: Tensor, token_ids: Tensor) -> tuple[HiddenPatches | None, HiddenWords | None]:
+        """Draw what the token level hides of the pictures (of a clip, its first frame) and of their first captions."""
+        masked = self.config.objective.masked_modeling
+        patches: HiddenPatches | None = None
+        words: HiddenWords | None = None
+        if self.visual_tokenizer is not None:
+            first = pixels if pixels.ndim == 4 else pixels[:, 0]
+            # of crops, which may be smaller than what the tower will see later
+            grid = first.shape[-1] // self.network.encoder.image_tower.stride
+            places = hide_patches(len(first), grid, masked.image_share, self.device)
+            patches = HiddenPatches(places, self.visual_tokenizer.tokens(first, grid).gather(1, places), grid)
+        if masked.text_weight:
+            captions = len(token_ids) // len(pixels)
+            tokenizer = self.tokenizer
+            words = hide_words(
+                token_ids[::captions],
+                masked.text_share,
+                tokenizer.mask_id,
+                tokenizer.special_ids,
+                tokenizer.vocabulary,
+            )
+        return patches, words
+
+    def pair_features(self, output: NetworkOutput, batch: Batch, parts: int = 1) -> PairFeatures:
+        """An item with several captions becomes as many pairs, its picture encoded once.
+
+        The momentum towers encode the batch in `parts`.
+        """
+        captions = len(batch.token_ids) // len(batch.pixels)
+        item_ids = batch.item_ids.repeat_interleave(captions)
+        image_momentum, text_momentum = output.image.detach(), output.text.detach()
+        if self.objective.uses_momentum:
+            encoded = [
+                _embeddings(self.momentum_working.network, *part)
+                for part in zip(batch.pixels.chunk(parts), batch.token_ids.chunk(parts))
+            ]
+            image_momentum, text_momentum = (torch.cat(side) for side in zip(*encoded))
+        return PairFeatures(
+            image=output.image.repeat_interleave(captions, dim=0),
+            text=output.text,
+            item_ids=item_ids,
+            image_momentum=gather(image_momentum.repeat_interleave(captions, dim=0)),
+            text_momentum=gather(text_momentum),
+            all_item_ids=gather(item_ids),
+        )
+
+    def _accumulate(
+        self,
+        batch: Batch,
+        pixels: Tensor,
+        patches: HiddenPatches | None,
+        words: HiddenWords | None,
+        progress: float,
+    ) -> tuple[PairFeatures, Scalars]:
+        """Gradient caching (Gao et al. 2021): the loss of the whole batch, with the memory of a part of it.
+
+        All parts are embedded, the loss gives the gradient of every embedding, and each part is encoded again and
+        differentiated with the gradients of its own embeddings. The second encoding draws the dropout of the first.
+        """
+        parts = self.config.training.accumulation
+        network = self.working.network
+        pieces = list(zip(pixels.chunk(parts), batch.token_ids.chunk(parts)))
+        states, first = [], []
+        for part in pieces:
+            states.append(_random_state(self.device))
+            # with the graph of the second encoding, so that a compiled one draws the same dropout; it is dropped here
+            output = network(*part)
+            first.append((output.image.detach(), output.text.detach()))
+        after = _random_state(self.device)
+        image, text = (torch.cat(side).requires_grad_() for side in zip(*first))
+        augmented = Batch(pixels, batch.token_ids, batch.item_ids)
+        features = self.pair_features(NetworkOutput(image, text, None, {}), augmented, parts)
+        result = self.objective(features, progress)
+        result.loss.backward()
+        assert image.grad is not None
+        assert text.grad is not None
+        scalars = {**result.scalars}
+        total = result.loss.detach()
+        hidden = _chunk_hidden(patches, words, parts)
+        for index, part in enumerate(pieces):
+            _set_random_state(self.device, states[index])
+            last = index == parts - 1
+            synchronized: AbstractContextManager = nullcontext()
+            if isinstance(self.parallel, DistributedDataParallel) and not last:
+                synchronized = self.parallel.no_sync()
+            with synchronized:
+                output = self.parallel(*part, *hidden[index])
+                surrogate = (output.image * image.grad.chunk(parts)[index]).sum()
+                surrogate = surrogate + (output.text * text.grad.chunk(parts)[index]).sum()
+                if output.masked_losses is not None:
+                    share = output.masked_losses.sum() / len(pixels)
+                    surrogate = surrogate + share
+                    total = total + share.detach()
+                surrogate.backward()
+            for name, value in output.scalars.items():
+                scalars[name] = scalars.get(name, 0) + value * len(part[0]) / len(pixels)
+        _set_random_state(self.device, after)
+        return features, {"loss": total, **scalars}
+
+    def _update(self) -> Tensor:
+        """Clip, step, and let the averages and the working copies follow; returns the norm of the gradient."""
+        self.working.give_gradients()
+        if self.ranks.count > 1:  # the temperature lies outside of what DDP reduces
+            for parameter in self.objective.parameters():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= self.ranks.count
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.clip_norm or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.working.take_weights()
+        if self.objective.uses_momentum:
+            self.momentum.update()
+            self.momentum_working.take_weights()
+        return norm.detach()
+
+
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Whether the towers compute in bf16: asked for, or `auto` on a GPU."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
+def _compile(network: TrainingNetwork) -> None:
+    _compile_encoder(network.encoder)
+    for head in (network.image_head, network.text_head):
+        if head is not None:
+            head.compile(dynamic=False)
+
+
+def _compile_encoder(encoder: nn.Module) -> None:
+    """Compile whole passes, normalising and projecting included. All shapes are fixed by the configuration."""
+    for name in ("encode_image", "encode_text"):
+        compiled: Callable = torch.compile(getattr(encoder, name), dynamic=False)
+        setattr(encoder, name, compiled)
+
+
+@torch.no_grad()
+def _embeddings(encoder: nn.Module, pixels: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    return encoder.encode_image(pixels).embedding, encoder.encode_text(token_ids).embedding
+
+
+def _chunk_hidden(
+    patches: HiddenPatches | None, words: HiddenWords | None, parts: int
+) -> list[tuple[HiddenPatches | None, HiddenWords | None]]:
+    chunked: list[tuple[HiddenPatches | None, HiddenWords | None]] = [(None, None)] * parts
+    if patches is not None:
+        own = zip(patches.places.chunk(parts), patches.targets.chunk(parts))
+        chunked = [(HiddenPatches(*piece, patches.grid), None) for piece in own]
+    if words is not None:
+        pieces = zip(words.token_ids.chunk(parts), words.places.chunk(parts), words.targets.chunk(parts))
+        chunked = [(first, HiddenWords(*piece)) for (first, _), piece in zip(chunked, pieces)]
+    return chunked
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
