@@ -26,17 +26,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cots.data.frame_sampling import EVERY_SECOND, FrameSampling
 from cots.data.image_io import open_image, os_reason
 from cots.data.samples import Sample
-from cots.data.video_io import read_frames
 from cots.errors import MediaError, SourceError
 from cots.model.retrieval_model import RetrievalModel
 from cots.moments import Moment, pool_video
 from cots.single_core import single_core_threads
+from cots.stopwatch import Stopwatch
 
-FRAME_SECONDS = 1.0
-MIN_FRAMES = 4
-MAX_FRAMES = 600
 CPU_BATCH = 4
 GPU_BATCH = 64
 DECODED_AHEAD = 16
@@ -111,6 +109,8 @@ def embed(
     max_bad_share: float = 1.0,
     total: int | None = None,
     progress: Callable[[Progress], None] | None = None,
+    frames: FrameSampling = EVERY_SECOND,
+    stopwatch: Stopwatch | None = None,
 ) -> Iterator[Embedded]:
     """Embed images and videos.
 
@@ -125,6 +125,8 @@ def embed(
             stops.
         total: number of samples, if known, for the progress.
         progress: called after each sample.
+        frames: which frames of a video are embedded.
+        stopwatch: told the seconds of "decoding" and "encoding", which overlap.
 
     Yields:
         One `Embedded` for each readable sample, in the order of `samples`.
@@ -134,6 +136,7 @@ def embed(
     """
     batch_size = batch_size or (CPU_BATCH if model.device.type == "cpu" else GPU_BATCH)
     workers = workers or _cores()
+    stopwatch = stopwatch or Stopwatch()
     started = time.perf_counter()
     done = read = failed = 0
     last: MediaError | None = None
@@ -142,9 +145,13 @@ def embed(
         if progress is not None:
             progress(Progress(done, failed, total, time.perf_counter() - started))
 
+    def decode(sample: Sample) -> _Decoded:
+        with stopwatch.measure("decoding"):
+            return _decode_video(sample, model, frames) if sample.kind == "video" else _decode_image(sample, model)
+
     def readable() -> Iterator[_Decoded]:
         nonlocal read, failed, last
-        for outcome in _decode_ahead(samples, model, workers, batch_size):
+        for outcome in _decode_ahead(samples, decode, workers, batch_size):
             try:
                 decoded = outcome.result()
             except MediaError as error:
@@ -156,7 +163,7 @@ def embed(
                 read += 1
                 yield decoded
 
-    for decoded, vectors in _encode(readable(), model, batch_size):
+    for decoded, vectors in _encode(readable(), model, batch_size, stopwatch):
         embedded = _pool(decoded, vectors)
         if np.isfinite(embedded.vectors).all():
             done += 1
@@ -256,7 +263,7 @@ def _judge(failed: int, seen: int, max_bad_share: float, last: MediaError, enoug
 
 
 def _decode_ahead(
-    samples: Iterable[Sample], model: RetrievalModel, workers: int, batch_size: int
+    samples: Iterable[Sample], decode: Callable[[Sample], _Decoded], workers: int, batch_size: int
 ) -> Iterator["Future[_Decoded]"]:
     """Decode in threads and give the outcomes in order.
 
@@ -275,16 +282,12 @@ def _decode_ahead(
                 freed, outcome = in_flight.popleft()
                 used -= freed
                 yield outcome
-            in_flight.append((weight, pool.submit(_decode, sample, model)))
+            in_flight.append((weight, pool.submit(decode, sample)))
             used += weight
         while in_flight:
             yield in_flight.popleft()[1]
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _decode(sample: Sample, model: RetrievalModel) -> _Decoded:
-    return _decode_video(sample, model) if sample.kind == "video" else _decode_image(sample, model)
 
 
 def _decode_image(sample: Sample, model: RetrievalModel) -> _Decoded:
@@ -304,22 +307,15 @@ def _full_size(content: bytes, image: Image.Image) -> tuple[int, int]:
     return (width, height) if (width > height) == (image.width > image.height) else (height, width)
 
 
-def _decode_video(sample: Sample, model: RetrievalModel) -> _Decoded:
-    frames = read_frames(
-        sample.media(),
-        interval=FRAME_SECONDS,
-        min_frames=MIN_FRAMES,
-        max_frames=MAX_FRAMES,
-        short_side=model.image_size,
-        name=sample.path,
-    )
+def _decode_video(sample: Sample, model: RetrievalModel, sampling: FrameSampling) -> _Decoded:
+    frames = sampling.read(sample, model.image_size)
     pixels = torch.stack([model.transform(image) for image in frames.images])
     info = frames.info
     return _Decoded(sample, pixels, tuple(frames.times), content_hash(sample), info.width, info.height, frames.duration)
 
 
 def _encode(
-    decoded: Iterable[_Decoded], model: RetrievalModel, batch_size: int
+    decoded: Iterable[_Decoded], model: RetrievalModel, batch_size: int, stopwatch: Stopwatch
 ) -> Iterator[tuple[_Decoded, np.ndarray]]:
     """Encode in full batches, whichever samples the frames belong to: (sample, (F, D) float32) in order."""
     waiting: deque[_Decoded] = deque()
@@ -334,6 +330,10 @@ def _encode(
         pixels[:] = [joined[size:]]
         queued -= size
         return joined[:size]
+
+    def encode(pictures: Tensor) -> Tensor:
+        with stopwatch.measure("encoding"):
+            return model.encode_images(pictures)
 
     def settle() -> Iterator[tuple[_Decoded, np.ndarray]]:
         nonlocal vectors
@@ -351,11 +351,11 @@ def _encode(
             pixels.append(sample.pixels)
             queued += len(sample.pixels)
             while queued >= batch_size:
-                batches.append(pool.submit(model.encode_images, take(batch_size)))
+                batches.append(pool.submit(encode, take(batch_size)))
                 if len(batches) > threads:
                     yield from settle()
         if queued:
-            batches.append(pool.submit(model.encode_images, take(queued)))
+            batches.append(pool.submit(encode, take(queued)))
         while batches:
             yield from settle()
 

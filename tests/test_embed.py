@@ -11,12 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from cots.data.frame_sampling import FrameSampling
 from cots.data.image_io import open_image
 from cots.data.samples import Sample, iter_samples
 from cots.data.video_io import read_frames
 from cots.embed import Embedded, Progress, content_hash, embed, write_parquet
 from cots.errors import MediaError, SourceError
 from cots.model.retrieval_model import RetrievalModel
+from cots.stopwatch import Stopwatch
 
 
 def no_error(error: MediaError) -> None:
@@ -218,3 +220,19 @@ def test_a_stopped_run_leaves_no_parquet_file(mixed: list[Sample], tiny_model: R
 
 def _first_video(results: list[Embedded]) -> Embedded:
     return next(result for result in results if result.moments)
+
+
+def test_so_many_frames_of_each_video_and_the_seconds_that_the_work_took(
+    mixed: list[Sample], tiny_model: RetrievalModel
+) -> None:
+    stopwatch = Stopwatch()
+    counted = list(embed(mixed, tiny_model, on_error=no_error, frames=FrameSampling(count=2), stopwatch=stopwatch))
+    for item in counted:
+        if item.sample.kind == "video":
+            pictures = FrameSampling(count=2).read(item.sample, tiny_model.image_size).images
+            assert len(pictures) == 2
+            vectors = tiny_model.encode_images(torch.stack([tiny_model.transform(picture) for picture in pictures]))
+            mean = vectors.mean(dim=0)
+            assert np.allclose(item.vectors[0], mean / mean.norm(), atol=1e-5)
+    assert set(stopwatch.seconds) == {"decoding", "encoding"}
+    assert min(stopwatch.seconds.values()) > 0

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from cots.embed import MAX_FRAMES
+from cots.data.frame_sampling import MAX_FRAMES
 from cots.moments import pool_video
 
 

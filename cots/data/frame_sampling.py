@@ -1,0 +1,46 @@
+"""Which frames of a video are embedded."""
+
+from dataclasses import dataclass
+
+from cots.data.samples import Sample
+from cots.data.video_io import Frames, probe, read_frames, uniform_times
+
+FRAME_SECONDS = 1.0
+MIN_FRAMES = 4
+MAX_FRAMES = 600
+
+
+@dataclass(frozen=True)
+class FrameSampling:
+    """Attributes:
+    count: so many frames, at the centres of equal segments; None: one a second, as a gallery's moments need them.
+    until: only the first so many seconds of a video count; None: all of it.
+    """
+
+    count: int | None = None
+    until: float | None = None
+
+    def read(self, sample: Sample, short_side: int) -> Frames:
+        """Decode the frames of a video.
+
+        Raises:
+            MediaError, MissingDependency: as `read_frames`.
+        """
+        media = sample.media()
+        if self.count is None:
+            return read_frames(
+                media,
+                interval=FRAME_SECONDS,
+                min_frames=MIN_FRAMES,
+                max_frames=MAX_FRAMES,
+                short_side=short_side,
+                name=sample.path,
+            )
+        if self.until is None:
+            return read_frames(media, count=self.count, short_side=short_side, name=sample.path)
+        duration = min(probe(media, name=sample.path).duration, self.until)
+        times = uniform_times(duration, self.count).tolist()
+        return read_frames(media, times=times, short_side=short_side, name=sample.path)
+
+
+EVERY_SECOND = FrameSampling()
