@@ -2,14 +2,17 @@
 
 import copy
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from cots.model.image_tower import ImageTower
+from cots.model.tower import GridTower
+
+AnyTower = TypeVar("AnyTower", bound=GridTower)
 
 
-def fold_batch_norms(network: ImageTower, sample: torch.Tensor, tolerance: float = 1e-3) -> ImageTower:
+def fold_batch_norms(network: AnyTower, sample: torch.Tensor, tolerance: float = 1e-3) -> AnyTower:
     """A copy of an image tower, each batch norm that directly follows a convolution folded into it.
 
     Modules are paired by the order of their definition; since a network may compute in another order, the copy is

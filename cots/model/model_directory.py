@@ -11,17 +11,19 @@ different for any model that would embed differently.
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cots.config import ModelConfig, validate_config
+from cots.config import ModelConfig, TextTowerConfig, validate_config
 from cots.errors import ConfigError, ModelError
-from cots.model.dual_encoder import DualEncoder
-from cots.model.text_tower import WordPieceTokenizer
+from cots.model.caption_tokenizer import CaptionTokenizer, WordPieceTokenizer
+from cots.model.dual_encoder import OPEN_CLIP, DualEncoder, ImageStream, Stream, TextStream
+
+AnyStream = TypeVar("AnyStream", bound=Stream)
 
 FORMAT = 1
 _SCALE = ".scale"
@@ -30,7 +32,7 @@ _SCALE = ".scale"
 def save_model(
     directory: str | Path,
     model: DualEncoder,
-    tokenizer: WordPieceTokenizer,
+    tokenizer: CaptionTokenizer,
     *,
     weights_dtype: str = "float32",
     card: str = "",
@@ -51,11 +53,61 @@ def save_model(
     return fingerprint_of(stored, _transform_of(model.config), (directory / "tokenizer.json").read_bytes())
 
 
-def read_model(directory: str | Path) -> tuple[DualEncoder, WordPieceTokenizer, str]:
+def read_model(directory: str | Path) -> tuple[DualEncoder, CaptionTokenizer, str]:
     """Read a model directory: the encoder (float32, CPU, evaluation mode), its tokenizer and its fingerprint.
 
     Raises:
         ModelError: a file is missing or damaged, the format is newer, or the weights are of another architecture.
+    """
+    saved = open_saved_model(directory)
+    return saved.encoder(), saved.tokenizer, saved.fingerprint
+
+
+class SavedModel:
+    """A model directory whose weights lie in memory as stored, to be built whole or one stream at a time.
+
+    All that is built is float32, on the CPU, in evaluation mode; building raises ModelError if the weights are of
+    another architecture.
+
+    Attributes:
+        config: the model's settings.
+        tokenizer: of its text stream.
+        fingerprint: see `fingerprint_of`.
+    """
+
+    def __init__(
+        self, directory: Path, config: ModelConfig, tokenizer: CaptionTokenizer, stored: dict[str, Tensor]
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self._stored = stored
+        self._directory = directory
+        self.fingerprint = fingerprint_of(stored, _transform_of(config), (directory / "tokenizer.json").read_bytes())
+
+    def encoder(self) -> DualEncoder:
+        return self._build(DualEncoder, "")
+
+    def image_stream(self) -> ImageStream:
+        return self._build(ImageStream, "image_")
+
+    def text_stream(self) -> TextStream:
+        return self._build(TextStream, "text_")
+
+    def _build(self, kind: type[AnyStream], prefix: str) -> AnyStream:
+        try:
+            stream = kind(self.config)
+        except ConfigError as error:
+            raise ModelError(f"{self._directory / 'config.json'}: {error}") from error
+        weights = _unpack({name: value for name, value in self._stored.items() if name.startswith(prefix)})
+        load_weights(stream, weights, f"{self._directory}")
+        return stream.eval()
+
+
+def open_saved_model(directory: str | Path) -> SavedModel:
+    """Read a model directory.
+
+    Raises:
+        ModelError: a file is missing or damaged, or the format is newer.
     """
     directory = Path(directory)
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
@@ -76,17 +128,27 @@ def read_model(directory: str | Path) -> tuple[DualEncoder, WordPieceTokenizer, 
     try:
         stored = load_file(directory / "model.safetensors")
         config = validate_config(ModelConfig, values, str(directory / "config.json"))
-        model = DualEncoder(config)
-        tokenizer = WordPieceTokenizer.from_file(directory / "tokenizer.json", config.text_tower.max_length)
+        tokenizer = saved_tokenizer(directory / "tokenizer.json", config.text_tower)
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"{directory / 'model.safetensors'} is damaged ({error}); copy or train the model again."
         ) from error
     except ConfigError as error:
         raise ModelError(str(error)) from error
-    load_weights(model, _unpack(stored), f"{directory}")
-    fingerprint = fingerprint_of(stored, _transform_of(config), (directory / "tokenizer.json").read_bytes())
-    return model.eval(), tokenizer, fingerprint
+    return SavedModel(directory, config, tokenizer, stored)
+
+
+def saved_tokenizer(path: Path, config: TextTowerConfig) -> CaptionTokenizer:
+    """The tokenizer in a model's `tokenizer.json`.
+
+    Raises:
+        ConfigError: the file is missing or no tokenizer.
+    """
+    if config.name.startswith(OPEN_CLIP):
+        from cots.model.clip_tokenizer import ClipTokenizer
+
+        return ClipTokenizer.from_file(path, config.max_length)
+    return WordPieceTokenizer.from_file(path, config.max_length)
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], origin: str) -> None:

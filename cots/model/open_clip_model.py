@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cots.data.transforms import SquareTransform
+from cots.data.square_transform import SquareTransform
 from cots.errors import MissingDependency, ModelError
 from cots.model.model_directory import fingerprint_of
 from cots.model.retrieval_model import RetrievalModel

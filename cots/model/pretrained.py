@@ -6,6 +6,7 @@ import torch
 
 from cots.embedded import EMBEDDED_MODEL
 from cots.errors import ModelError
+from cots.model.model_directory import open_saved_model
 from cots.model.retrieval_model import CotsModel, RetrievalModel
 
 
@@ -25,10 +26,7 @@ def load_model(name: str = "embedded", device: str | None = None) -> RetrievalMo
         from cots.model.open_clip_model import OpenClipModel
 
         return OpenClipModel(name, target)
-    from cots.model.model_directory import read_model
-
-    encoder, tokenizer, fingerprint = read_model(model_directory(name))
-    return CotsModel(name, fingerprint, encoder, tokenizer, target)
+    return CotsModel(name, open_saved_model(model_directory(name)), target)
 
 
 def model_directory(name: str) -> Path:

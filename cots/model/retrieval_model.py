@@ -9,10 +9,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from cots.data.transforms import SquareTransform
-from cots.model.dual_encoder import DualEncoder
+from cots.data.square_transform import SquareTransform
+from cots.model.dual_encoder import ImageStream
 from cots.model.folding import fold_batch_norms
-from cots.model.text_tower import WordPieceTokenizer
+from cots.model.model_directory import SavedModel
 
 
 class RetrievalModel(ABC):
@@ -72,26 +72,30 @@ class RetrievalModel(ABC):
 
 
 class CotsModel(RetrievalModel):
-    """A dual encoder that this project trained."""
+    """A dual encoder that this project trained. Its image stream is built at the first picture, which a search by
+    words never brings."""
 
-    def __init__(
-        self, name: str, fingerprint: str, encoder: DualEncoder, tokenizer: WordPieceTokenizer, device: torch.device
-    ) -> None:
-        image = encoder.config.image_tower
+    def __init__(self, name: str, saved: SavedModel, device: torch.device) -> None:
+        image = saved.config.image_tower
         square = SquareTransform(image.image_size, image.resize)
-        super().__init__(name, fingerprint, encoder.config.embedding_dim, device, square)
-        self.encoder = encoder.eval().to(device).to(memory_format=torch.channels_last)
-        self.tokenizer = tokenizer
-        self._folding = Lock()
-        self._folded = False
+        super().__init__(name, saved.fingerprint, saved.config.embedding_dim, device, square)
+        self.tokenizer = saved.tokenizer
+        self._texts = saved.text_stream().to(device)
+        self._saved = saved
+        self._images: ImageStream | None = None
+        self._building = Lock()
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
-        with self._folding:  # at the first picture, which a search by words never brings
-            if not self._folded:
-                sample = torch.rand(1, 3, self.image_size, self.image_size, device=self.device)
-                self.encoder.image_tower = fold_batch_norms(self.encoder.image_tower, sample)
-                self._folded = True
-        return self.encoder.encode_image(pixels.contiguous(memory_format=torch.channels_last)).embedding
+        with self._building:
+            if self._images is None:
+                self._images = self._build_image_stream()
+        return self._images.encode_image(pixels.contiguous(memory_format=torch.channels_last)).embedding
 
     def _encode_sentences(self, texts: list[str]) -> Tensor:
-        return self.encoder.encode_text(self.tokenizer(texts).to(self.device)).embedding
+        return self._texts.encode_text(self.tokenizer(texts).to(self.device)).embedding
+
+    def _build_image_stream(self) -> ImageStream:
+        stream = self._saved.image_stream().to(self.device).to(memory_format=torch.channels_last)
+        sample = torch.rand(1, 3, self.image_size, self.image_size, device=self.device)
+        stream.image_tower = fold_batch_norms(stream.image_tower, sample)
+        return stream

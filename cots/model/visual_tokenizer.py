@@ -40,7 +40,7 @@ from cots.model.model_directory import load_weights
 from cots.tokenizer_config import VisualTokenizerConfig
 
 FORMAT = 1
-_FIRST_SHARPNESS = 10.0
+_FIRST_SHARPNESS = 30.0
 _MAX_SHARPNESS = 100.0
 _SCORES_AT_ONCE = 2**28  # 1 GiB of float32
 
