@@ -16,9 +16,9 @@ from cots.config import DataConfig, OptimizerConfig, Settings, TrainingConfig, r
 
 SECTION = "visual_tokenizer"
 
-_WITHOUT_EFFECT = {
-    "data": ("captions_per_item",),
-    "data.augmentation": ("grayscale", "rand_augment", "erase", "drop_words"),
+_WITHOUT_EFFECT = {  # other settings of the shared sections
+    "data": ("captions_per_item", "frames_per_item"),
+    "data.augmentation": ("drop_words",),
     "optimizer": ("image_tower_rate", "text_tower_rate", "image_layer_decay", "text_layer_decay"),
     "training": ("accumulation", "activation_checkpointing", "sharding"),
 }

@@ -18,9 +18,14 @@ def launch(path: str | Path, overrides: Sequence[str] = (), check: bool = False)
     values = read_values(path, overrides)
     if SECTION in values:
         tokenizer_config = validate_config(VisualTokenizerTrainingConfig, values, str(path))
-        from pretrain.tokenizer_training import check_tokenizer_training, train_visual_tokenizer
+        if check:
+            from pretrain.tokenizer_check import check_tokenizer_training
 
-        (check_tokenizer_training if check else train_visual_tokenizer)(tokenizer_config)
+            check_tokenizer_training(tokenizer_config)
+            return
+        from pretrain.tokenizer_training import train_visual_tokenizer
+
+        train_visual_tokenizer(tokenizer_config)
         return
     config = validate_config(PretrainConfig, values, str(path))
     if check:
