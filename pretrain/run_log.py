@@ -1,0 +1,105 @@
+"""A run directory read back: its settings, where it ran, and the rows of its log."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cots.errors import TrainingError
+from pretrain.validation import Metrics, criterion
+
+
+@dataclass
+class Validated:
+    """Recalls after a step: {source: {direction: metrics}}."""
+
+    step: int
+    epoch: float
+    results: dict[str, Metrics]
+
+
+@dataclass
+class RunLog:
+    """Attributes:
+    name: what tells it from the runs beside it.
+    settings: config.yaml; empty if there is none.
+    starts: what run.json says of every start.
+    rows: training rows by step, in order; a step that was taken again after a stop counts as it was the last time.
+    validated: in order of their steps.
+    seconds: of training and validation, repeated steps included; 0 if the log does not say.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    validated: list[Validated] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def batch_size(self) -> int | None:
+        """Pairs a step, of all ranks."""
+        return self.settings.get("training", {}).get("batch_size")
+
+    @property
+    def ranks(self) -> int:
+        return self.starts[-1]["ranks"] if self.starts else 1
+
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+        return max([row["step"] for row in self.rows] + [done.step for done in self.validated], default=0)
+
+    @property
+    def best(self) -> Validated | None:
+        """The validation that the best checkpoint was chosen by."""
+        return max(self.validated, key=lambda done: criterion(done.results), default=None)
+
+    def points(self, name: str) -> list[tuple[float, float]]:
+        """(step, value) of a scalar, where it is a number."""
+        return [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), int | float)]
+
+
+def read_runs(directories: list[Path]) -> list[RunLog]:
+    """Read runs, named by the last parts of their paths that differ.
+
+    Raises:
+        TrainingError: a directory holds no log.
+    """
+    depth = 1
+    while len({directory.resolve().parts[-depth:] for directory in directories}) < len(directories) and depth < 9:
+        depth += 1
+    return [_read_run(directory, "/".join(directory.resolve().parts[-depth:])) for directory in directories]
+
+
+def _read_run(directory: Path, name: str) -> RunLog:
+    try:
+        lines = (directory / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise TrainingError(f"{directory} holds no log.jsonl; give a directory that a training wrote.") from error
+    log = RunLog(name, _settings(directory / "config.yaml"), _starts(directory / "run.json"))
+    rows: dict[int, dict[str, Any]] = {}
+    validated: dict[int, Validated] = {}
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:  # the row that a killed run was writing
+            continue
+        log.seconds += row.get("seconds", 0.0)
+        if "validation" not in row:
+            rows[row["step"]] = row
+        elif row["validation"]:
+            validated[row["step"]] = Validated(row["step"], row["epoch"], row["validation"])
+    log.rows = [rows[step] for step in sorted(rows)]
+    log.validated = [validated[step] for step in sorted(validated)]
+    return log
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _starts(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []

@@ -1,0 +1,138 @@
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cots.errors import TrainingError
+from pretrain.charts import Chart, Series, nice_ticks, tick_labels
+from pretrain.report import main, write_report
+from pretrain.run_log import read_runs
+
+
+def _metrics(recall: float) -> dict[str, float]:
+    return {"R@1": recall, "R@5": recall + 20, "R@10": recall + 30, "MedR": 3.0, "MeanR": 9.0}
+
+
+def _write_run(directory: Path, recalls: tuple[float, ...], **settings: object) -> Path:
+    directory.mkdir(parents=True)
+    rows: list[dict] = []
+    for number, recall in enumerate(recalls, 1):
+        step = 10 * number
+        rows.append(
+            {"step": step, "epoch": number, "seconds": 30.0, "loss": 5 / number, "loss_contrastive": 4 / number}
+        )
+        both = {"text_to_image": _metrics(recall), "image_to_text": _metrics(recall + 5)}
+        rows.append({"step": step, "epoch": number, "seconds": 10.0, "validation": {"data/val-*.tar": both}})
+    (directory / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "config.yaml").write_text(yaml.safe_dump({"training": {"batch_size": 64, **settings}}))
+    return directory
+
+
+class _Outline(HTMLParser):
+    """Figures by title, the tags that open and close, and everything that a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.titles: list[str] = []
+        self.fetched: list[str] = []
+        self.open: list[str] = []
+        self._inside = ""
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self._inside = tag
+        self.fetched += [value or "" for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta", "path", "circle"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("path", "circle"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "h3":
+            self.titles.append(data.strip())
+
+
+def _outline(path: Path) -> _Outline:
+    outline = _Outline()
+    outline.feed(path.read_text(encoding="utf-8"))
+    assert outline.open == []
+    return outline
+
+
+def test_a_run_becomes_one_page_that_fetches_nothing(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "first", (10.0, 30.0, 20.0))
+    page = write_report([run])
+    assert page == run / "report.html"
+    outline, text = _outline(page), page.read_text(encoding="utf-8")
+    assert {"Loss", "Contrastive", "Text to image", "Image to text"} <= set(outline.titles)
+    assert outline.fetched == []
+    assert "url(" not in text
+    assert "@import" not in text
+    assert re.search(r"Best checkpoint</dt><dd>2</dd><dd>epochs, step 20", text)
+    assert "1,920" in text  # 30 steps of 64 pairs
+    assert "2.0 min" in text  # of training and validation
+
+
+def test_several_runs_lie_over_each_other_and_only_settings_that_differ_are_listed(tmp_path: Path) -> None:
+    runs = [_write_run(tmp_path / name, recalls, seed=0, epochs=epochs) for name, recalls, epochs in (
+        ("plain", (10.0, 20.0), 2), ("filtered", (12.0, 25.0), 4))]  # fmt: skip
+    main([*map(str, runs), "--out", str(tmp_path / "both.html")])
+    text = (tmp_path / "both.html").read_text(encoding="utf-8")
+    _outline(tmp_path / "both.html")
+    figure = next(part for part in text.split("<figure>") if "<h3>Loss" in part)
+    assert figure.count('class="line"') == 2
+    assert {"plain", "filtered"} <= set(re.findall(r"</i>(\w+)", figure))
+    assert "training.epochs" in text
+    assert "training.seed" not in text
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    runs = read_runs([_write_run(tmp_path / folder / "run", (1.0,)) for folder in ("a", "b")])
+    assert [run.name for run in runs] == ["a/run", "b/run"]
+
+
+def test_a_step_taken_again_after_a_stop_counts_once_and_a_broken_row_not_at_all(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "stopped", (1.0,))
+    with (run / "log.jsonl").open("a") as file:
+        file.write('{"step": 10, "epoch": 1, "seconds": 30.0, "loss": 7.0}\n{"step": 20, "lo')
+    (log,) = read_runs([run])
+    assert log.points("loss") == [(10, 7.0)]
+    assert log.seconds == 70.0  # what was spent, was spent
+
+
+def test_a_run_that_has_only_begun_has_a_page_too(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text("")
+    _outline(write_report([tmp_path]))
+
+
+def test_a_name_from_outside_is_text_and_not_markup(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run", (1.0,), output="<script>alert(1)</script>")
+    assert "<script>alert" not in write_report([run]).read_text(encoding="utf-8")
+
+
+def test_a_directory_without_a_log_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"holds no log\.jsonl; give a directory that a training wrote"):
+        write_report([tmp_path / "nonesuch"])
+
+
+def test_ticks_are_round_and_enclose_the_values() -> None:
+    assert nice_ticks(0, 92, 4) == [0, 25, 50, 75, 100]
+    assert nice_ticks(2.61, 7.52, 4)[0] <= 2.61
+    assert nice_ticks(2.61, 7.52, 4)[-1] >= 7.52
+    assert tick_labels([0, 500_000, 1_000_000]) == ["0", "0.5M", "1M"]
+    assert tick_labels([0, 5e-4, 1e-3]) == ["0", "5e&#8722;4", "1e&#8722;3"]
+
+
+@pytest.mark.parametrize("values", [[1.0], [0.0, 0.0], [float("nan"), 2.0], [-3.0, -3.0], [1e-9, 1e9]])
+def test_any_numbers_can_be_drawn(values: list[float]) -> None:
+    series = Series("", list(enumerate(values)), "var(--c0)")
+    svg = Chart("Loss", "", [series], "steps", str).svg()
+    assert "nan" not in svg.partition("<svg")[2]
+
+
+def test_a_quantity_without_numbers_is_not_drawn() -> None:
+    assert Chart("Loss", "", [Series("", [(1, float("nan"))], "var(--c0)")], "steps", str).svg() == ""
