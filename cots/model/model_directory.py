@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from cots.config import ModelConfig, TextTowerConfig, validate_config
 from cots.errors import ConfigError, ModelError
@@ -95,12 +96,23 @@ class SavedModel:
 
     def _build(self, kind: type[AnyStream], prefix: str) -> AnyStream:
         try:
-            stream = kind(self.config)
+            with _NoRandomNumbers():
+                stream = kind(self.config)
         except ConfigError as error:
             raise ModelError(f"{self._directory / 'config.json'}: {error}") from error
         weights = _unpack({name: value for name, value in self._stored.items() if name.startswith(prefix)})
         load_weights(stream, weights, f"{self._directory}")
         return stream.eval()
+
+
+class _NoRandomNumbers(TorchFunctionMode):
+    """Leaves parameters as allocated: for a network whose weights are about to be read, a second of work for BERT."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in ("normal_", "uniform_", "kaiming_uniform_", "trunc_normal_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def open_saved_model(directory: str | Path) -> SavedModel:

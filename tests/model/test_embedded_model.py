@@ -1,0 +1,46 @@
+"""The model that ships: its vectors are those with which the embedded gallery was built."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cots.embedded import EMBEDDED_GALLERY
+from cots.model.pretrained import load_model
+from cots.model.retrieval_model import RetrievalModel
+
+# pinned with Hugging Face's BertModel and timm 1.0.31 on a CPU; a model that is trained anew brings new ones
+FINGERPRINT = "af99520e1d80f8aee58e004bd42f7fc0"
+TRUCK = [-0.0237, -0.0387, -0.0380, -0.1166, -0.0073, 0.0041]
+RAMP = [-0.0777, 0.0611, 0.1023, 0.0424, -0.0699, -0.1290]
+
+
+@pytest.fixture(scope="module")
+def model() -> RetrievalModel:
+    return load_model("embedded", device="cpu")
+
+
+def test_it_is_the_model_of_the_embedded_gallery(model: RetrievalModel) -> None:
+    manifest = json.loads((EMBEDDED_GALLERY / "manifest.json").read_text())
+    assert model.fingerprint == manifest["fingerprint"] == FINGERPRINT
+
+
+def test_its_vectors_are_those_it_was_released_with(model: RetrievalModel) -> None:
+    truck = model.encode_texts(["a red truck", "two dogs run on the beach"])[0, :6]
+    assert torch.allclose(truck, torch.tensor(TRUCK), atol=2e-4)
+    ramp = torch.arange(256).expand(1, 3, 256, 256).to(torch.uint8)
+    assert torch.allclose(model.encode_images(ramp)[0, :6], torch.tensor(RAMP), atol=2e-4)
+
+
+def test_a_sentence_is_encoded_without_importing_vision_libraries() -> None:
+    program = (
+        "import sys; from cots.model.pretrained import load_model; load_model(device='cpu').encode_texts(['a dog']); "
+        "print(sorted({'timm', 'torchvision', 'transformers', 'open_clip', 'torch._dynamo'} & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    assert done.stdout.strip() == "[]"
