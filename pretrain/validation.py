@@ -46,10 +46,7 @@ class Validation:
     ) -> None:
         self._sets: list[_ValidationSet] = []
         for config in sources:
-            if "test" in Path(config.path).name.lower():
-                raise ConfigError(
-                    f"{config.path} is named like a test split; checkpoints are chosen on validation pairs only."
-                )
+            refuse_test_split(config.path)
             source = open_source(config)
             captions, item_of_caption = captions_of(source)
             frames = ValidationFrames(source, transform)
@@ -81,6 +78,12 @@ class Validation:
                 "image_to_text": retrieval_metrics(scores.T, relevance.T),
             }
         return results
+
+
+def refuse_test_split(path: str) -> None:
+    """Raise ConfigError if a validation source is named like a test split."""
+    if "test" in Path(path).name.lower():
+        raise ConfigError(f"{path} is named like a test split; checkpoints are chosen on validation pairs only.")
 
 
 def criterion(results: dict[str, Metrics]) -> float:
