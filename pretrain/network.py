@@ -40,7 +40,7 @@ class NetworkOutput:
 class TrainingNetwork(nn.Module):
     """The encoder, and a head for each kind of masked modelling whose weight is not 0."""
 
-    def __init__(self, encoder: DualEncoder, config: MaskedModelingConfig, codebook: int, vocabulary: int) -> None:
+    def __init__(self, encoder: DualEncoder, config: MaskedModelingConfig, codebook: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.config = config
@@ -51,7 +51,7 @@ class TrainingNetwork(nn.Module):
             else None
         )
         self.text_head = (
-            MaskedModelingHead(encoder.text_tower.width, dimension, vocabulary, tied=True)
+            MaskedModelingHead(encoder.text_tower.width, dimension, len(encoder.text_tower.word_embeddings), tied=True)
             if config.text_weight
             else None
         )

@@ -215,7 +215,6 @@ class TrainingStep:
             # with the graph of the second encoding, so that a compiled one draws the same dropout; it is dropped here
             output = network(*part)
             first.append((output.image.detach(), output.text.detach()))
-        after = _random_state(self.device)
         image, text = (torch.cat(side).requires_grad_() for side in zip(*first))
         augmented = Batch(pixels, batch.token_ids, batch.item_ids)
         features = self.pair_features(NetworkOutput(image, text, None, {}), augmented, parts)
@@ -243,7 +242,6 @@ class TrainingStep:
                 surrogate.backward()
             for name, value in output.scalars.items():
                 scalars[name] = scalars.get(name, 0) + value * len(part[0]) / len(pixels)
-        _set_random_state(self.device, after)
         return features, {"loss": total, **scalars}
 
     def _update(self) -> Tensor:

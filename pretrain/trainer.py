@@ -80,7 +80,7 @@ class Run:
         visual_tokenizer = _visual_tokenizer(config, self.device)
         encoder = starting_encoder(config, self.tokenizer)
         codebook = visual_tokenizer.codebook_size if visual_tokenizer else 0
-        network = TrainingNetwork(encoder, config.objective.masked_modeling, codebook, self.tokenizer.vocabulary)
+        network = TrainingNetwork(encoder, config.objective.masked_modeling, codebook)
         network.to(self.device).to(memory_format=torch.channels_last)
         objective = CollaborativeObjective(config.objective, config.model.embedding_dim).to(self.device)
         self.stepper = TrainingStep(network, objective, config, ranks, self.tokenizer, visual_tokenizer)

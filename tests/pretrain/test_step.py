@@ -1,0 +1,302 @@
+"""The engine: every fast or thrifty way of taking a step against the plain one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cots.config import PretrainConfig
+from cots.errors import ConfigError, TrainingError
+from cots.model.pretrained import load_model
+from cots.model.visual_tokenizer import VisualTokenizer, save_visual_tokenizer
+from cots.objectives.retrieval import PairFeatures
+from cots.tokenizer_config import VisualTokenizerConfig
+from pretrain.distributed import Ranks
+from pretrain.trainer import Run, pretrain
+
+MakeConfig = Callable[..., PretrainConfig]
+ROOT = Path(__file__).parents[2]
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def visual_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("visual_tokenizer")
+    config = VisualTokenizerConfig(codebook_size=32, code_dim=8, width=16, min_width=8, blocks=1, image_size=32)
+    save_visual_tokenizer(directory, VisualTokenizer(config))
+    return str(directory)
+
+
+@pytest.fixture
+def every_level(visual_tokenizer: str) -> dict:
+    """The section of an objective with all levels on."""
+    return {
+        "momentum": 0.9,
+        "learn_temperature": True,
+        "contrastive": {"queue_size": 50, "in_batch": "online"},
+        "masked_modeling": {"image_weight": 0.5, "text_weight": 0.5, "visual_tokenizer": visual_tokenizer},
+        "task_alignment": {"weight": 0.3},
+        "noise_filter": {"queue_size": 16, "start": 0.0},
+    }
+
+
+def _rows(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+def _losses(run: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in _rows(run)}
+
+
+def _with_dropout(config: PretrainConfig) -> dict:
+    model = config.model.model_dump()
+    model["text_tower"]["dropout"] = 0.1
+    return model
+
+
+def test_every_level_is_trained_and_logged_by_name(make_config: MakeConfig, every_level: dict) -> None:
+    run = pretrain(make_config(objective=every_level, data={"captions_per_item": 2}, training={"epochs": 4}))
+    rows = _rows(run)
+    names = {"contrastive", "alignment", "masked_image", "masked_text"}
+    assert {f"loss_{name}" for name in names} | {"queue_fill", "filter_kept", "gradient_norm"} <= rows[-1].keys()
+    for name in ("masked_image", "masked_text"):
+        losses = [row[f"loss_{name}"] for row in rows]
+        assert sum(losses[-5:]) < sum(losses[:5])
+    total = sum(
+        weight * rows[-1][f"loss_{name}"]
+        for name, weight in (("contrastive", 1), ("alignment", 0.3), ("masked_image", 0.5), ("masked_text", 0.5))
+    )
+    assert rows[-1]["loss"] == pytest.approx(total, rel=1e-4)
+    assert load_model(str(run)).encode_texts(["a red ball"]).shape == (1, 32)  # the heads stay behind
+
+
+def test_a_level_of_weight_0_is_neither_computed_nor_logged(make_config: MakeConfig, every_level: dict) -> None:
+    every_level["masked_modeling"] = {"image_weight": 0, "text_weight": 0.5, "visual_tokenizer": "nowhere"}
+    every_level["contrastive"]["weight"] = 0
+    row = _rows(pretrain(make_config(objective=every_level, training={"epochs": 0.2})))[-1]
+    assert {name for name in row if name.startswith("loss")} == {"loss", "loss_alignment", "loss_masked_text"}
+
+
+@pytest.mark.parametrize("in_batch", ["online", "none"])
+def test_accumulation_keeps_the_negatives_and_the_gradient(
+    make_config: MakeConfig, every_level: dict, in_batch: str
+) -> None:
+    """In four parts, with all levels, every weight gets the gradient that it gets in one."""
+    every_level["contrastive"]["in_batch"] = in_batch
+    gradients: list[dict[str, torch.Tensor]] = []
+    losses = []
+    for parts in (1, 4):
+        config = make_config(f"parts{parts}", objective=every_level, training={"accumulation": parts})
+        config = config.model_copy(update={"data": config.data.model_copy(update={"captions_per_item": 2})})
+        run = Run(config, ALONE)
+        run.stepper.objective.enqueue(_pairs_of_others(run))
+
+        def keep(*_: object, run: Run = run) -> None:
+            named = [*run.stepper.network.named_parameters(), *run.stepper.objective.named_parameters()]
+            gradients.append({name: value.grad.clone() for name, value in named if value.grad is not None})
+
+        run.stepper.optimizer.register_step_pre_hook(keep)
+        losses.append(run.stepper.take(next(run._batches()), 5, 10)["loss"].item())
+        run.telemetry.close()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    one, four = gradients
+    assert one.keys() == four.keys()
+    for name in one:
+        torch.testing.assert_close(four[name], one[name], rtol=1e-3, atol=1e-6)
+
+
+def _pairs_of_others(run: Run) -> PairFeatures:
+    torch.manual_seed(3)
+    unit = torch.nn.functional.normalize(torch.randn(2, 20, 32), dim=2)
+    ids = torch.arange(1000, 1020)
+    return PairFeatures(unit[0], unit[1], ids, unit[0], unit[1], ids)
+
+
+def test_both_encodings_of_a_part_draw_the_same_dropout(make_config: MakeConfig) -> None:
+    """The embeddings that gave the gradient are those that it is applied to."""
+    run = Run(make_config(model=_with_dropout(make_config()), training={"accumulation": 2}), ALONE)
+    seen: list[torch.Tensor] = []
+    network = run.stepper.working.network
+    network.register_forward_hook(lambda module, inputs, output: seen.append(output.text.detach()))
+    network.train()
+    run.stepper.take(next(run._batches()), 0, 10)
+    run.telemetry.close()
+    assert len(seen) == 4
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3])
+
+
+def test_activation_checkpointing_changes_nothing(make_config: MakeConfig, every_level: dict) -> None:
+    common = {"model": _with_dropout(make_config()), "objective": every_level}
+    plain = pretrain(make_config("plain", **common))
+    thrifty = pretrain(make_config("thrifty", **common, training={"activation_checkpointing": True}))
+    assert _losses(thrifty) == pytest.approx(_losses(plain), rel=1e-5)
+
+
+def test_bf16_copies_follow_fp32_weights(make_config: MakeConfig, every_level: dict) -> None:
+    common = {"objective": every_level, "optimizer": {"learning_rate": 1e-4}}
+    exact = pretrain(make_config("fp32", **common))
+    config = make_config("bf16", **common, training={"precision": "bf16"})
+    rounded = Run(config, ALONE)
+    rounded.train()
+    rounded.telemetry.close()
+    assert _losses(rounded.directory) == pytest.approx(_losses(exact), rel=0.03)
+    stepper = rounded.stepper
+    for original, copy in zip(stepper.network.parameters(), stepper.working.network.parameters()):
+        assert original.dtype == torch.float32
+        torch.testing.assert_close(copy.float(), original, rtol=2**-8, atol=1e-6)
+    assert next(stepper.working.network.encoder.image_tower.parameters()).dtype == torch.bfloat16
+
+
+def test_pixels_kept_in_memory_train_as_well(make_config: MakeConfig, every_level: dict) -> None:
+    data = {"cache_side": 72, "captions_per_item": 2}
+    run = pretrain(
+        make_config(
+            objective={"contrastive": {"queue_size": 0, "in_batch": "online"}},
+            data=data,
+            optimizer={"learning_rate": 5e-3},
+            training={"epochs": 12, "batch_size": 16},
+        )
+    )
+    losses = list(_losses(run).values())
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("cache_side", [None, 72])
+def test_a_killed_run_with_every_level_goes_on_bit_identically(
+    make_config: MakeConfig, every_level: dict, cache_side: int | None
+) -> None:
+    """Killed without warning between two checkpoints; queues, filter, averages, optimizer and randomness come back."""
+    common = {
+        "model": _with_dropout(make_config()),
+        "objective": every_level,
+        "data": {"cache_side": cache_side},
+        "training": {"averaging": 0.9, "checkpoint_steps": 2, "keep_checkpoints": 2},
+    }
+    whole, parts = make_config("whole", **common), make_config("parts", **common)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    _run(whole, environment)
+    process = subprocess.Popen(_command(parts), cwd=ROOT, env=environment)
+    checkpoints = Path(parts.training.output) / "checkpoints"
+    while not list(checkpoints.glob("step-*.pt")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    _run(parts, environment, "training.resume=true")
+    assert _losses(Path(parts.training.output)) == _losses(Path(whole.training.output))
+    last = max((Path(whole.training.output) / "checkpoints").glob("*.pt")).name
+    states = [torch.load(Path(c.training.output) / "checkpoints" / last) for c in (whole, parts)]
+    for part in ("network", "momentum", "average", "objective"):
+        assert all(torch.equal(states[0][part][name], states[1][part][name]) for name in states[0][part])
+
+
+def test_sigterm_saves_and_exits_0(make_config: MakeConfig) -> None:
+    config = make_config(training={"epochs": 2000})
+    process = subprocess.Popen(_command(config), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    log = Path(config.training.output) / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") > 3):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    last = max(_losses(Path(config.training.output)))
+    assert (Path(config.training.output) / "checkpoints" / f"step-{last:08d}.pt").exists()
+
+
+def test_two_processes_with_every_level_take_the_steps_of_one(make_config: MakeConfig, every_level: dict) -> None:
+    """Queues, filter and losses are those of the global batch. What is hidden is drawn by each rank for itself, so the
+    token level is left out of the comparison."""
+    every_level["masked_modeling"] = {}
+    common = {"objective": every_level, "data": {"captions_per_item": 2}}
+    one, two = make_config("one", **common), make_config("two", **common)
+    pretrain(one)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*command, *_command(two)[1:]], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    first, second = _rows(Path(one.training.output)), _rows(Path(two.training.output))
+    for name in ("loss", "loss_alignment", "filter_kept", "temperature"):
+        assert [row[name] for row in second] == pytest.approx([row[name] for row in first], rel=1e-3, abs=1e-4)
+
+
+def test_two_processes_train_the_token_level(make_config: MakeConfig, every_level: dict) -> None:
+    config = make_config("two", objective=every_level, training={"accumulation": 2})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*command, *_command(config)[1:]], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    assert "loss_masked_image" in _rows(Path(config.training.output))[-1]
+
+
+def test_when_one_rank_dies_the_others_end_with_an_error(make_config: MakeConfig) -> None:
+    config = make_config("two", training={"epochs": 5000})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.Popen(
+        [*command, *_command(config)[1:]],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    log = Path(config.training.output) / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") > 3):
+        assert process.poll() is None
+        time.sleep(0.05)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_items(make_config: MakeConfig) -> None:
+    run = Run(make_config(training={"log_every": 2}), ALONE)
+    with torch.no_grad():
+        next(run.stepper.network.encoder.image_projection.parameters()).fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"no longer a number at step 2.*last-items-rank0\.jsonl"):
+        run.train()
+    run.telemetry.close()
+    lines = [json.loads(line) for line in (run.directory / "last-items-rank0.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all("train-" in name for name in lines[0]["items"])
+
+
+def test_settings_that_do_not_fit_are_refused(make_config: MakeConfig, every_level: dict) -> None:
+    with pytest.raises(ConfigError, match="does not divide among 1 ranks in 3 parts"):
+        pretrain(make_config(training={"accumulation": 3}))
+    with pytest.raises(ValueError, match="without negatives there is nothing to learn"):
+        make_config(objective={"contrastive": {"queue_size": 0}})
+    with pytest.raises(ValueError, match="every loss has weight 0"):
+        make_config(objective={"contrastive": {"weight": 0}})
+    with pytest.raises(ConfigError, match=r"drop_words needs the captions' text"):
+        pretrain(make_config(data={"cache_side": 64, "augmentation": {"drop_words": 0.1}}))
+
+
+def test_a_run_counts_its_flops_without_learning(make_config: MakeConfig, every_level: dict) -> None:
+    run = Run(make_config(objective=every_level), ALONE)
+    before = {name: value.clone() for name, value in run.stepper.network.state_dict().items()}
+    random = torch.get_rng_state()
+    everything = run.flops_per_pair()
+    run.telemetry.close()
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, before[name]) for name, value in run.stepper.network.state_dict().items())
+    assert all(parameter.grad is None for parameter in run.stepper.working.network.parameters())
+    alone = Run(make_config("alone", objective={"contrastive": {"queue_size": 0, "in_batch": "online"}}), ALONE)
+    contrastive = alone.flops_per_pair()
+    alone.telemetry.close()
+    # a second pass of both towers, and a forward pass of the momentum towers: 2 + 1/3 times the work, and the heads
+    assert 2 < everything / contrastive < 3.5
+
+
+def _command(config: PretrainConfig) -> list[str]:
+    path = Path(config.training.output).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return [sys.executable, "-m", "pretrain", str(path)]
+
+
+def _run(config: PretrainConfig, environment: dict[str, str], *overrides: str) -> None:
+    subprocess.run([*_command(config), *overrides], cwd=ROOT, env=environment, check=True)
