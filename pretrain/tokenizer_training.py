@@ -84,7 +84,7 @@ class TokenizerRun:
             )
         self._open_data()
         torch.manual_seed(training.seed)  # the same weights on every rank
-        self.tokenizer = VisualTokenizer(config.visual_tokenizer).to(self.device, memory_format=torch.channels_last)
+        self.tokenizer = VisualTokenizer(config.visual_tokenizer).to(self.device).to(memory_format=torch.channels_last)
         self.average = MovingAverage(self.tokenizer, training.averaging) if training.averaging else None
         self.objective = TokenizerObjective(config.objective, config.visual_tokenizer.codebook_size).to(self.device)
         self.optimizer = _create_optimizer(self.tokenizer, config.optimizer)

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from cots.config import validate_config
 from cots.embedded import EMBEDDED_VISUAL_TOKENIZER
 from cots.errors import ConfigError, ModelError
-from cots.model.model_directory import load_weights
+from cots.model.model_directory import fingerprint_of, load_weights
 from cots.tokenizer_config import VisualTokenizerConfig
 
 FORMAT = 1
@@ -96,7 +96,17 @@ class VisualTokenizer(nn.Module):
         return RelaxedPicture(self._paint(vectors, grid), log_probabilities, features)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B * N, D) float32, unit norm: the points of the patches, row by row."""
+        """(B, 3, S, S) uint8 -> (B * N, D) float32, unit norm: the points of the patches, row by row.
+
+        Raises:
+            ModelError: S is not a multiple of the stride.
+        """
+        height, width = pixels.shape[-2:]
+        if height % self.stride or width % self.stride:
+            raise ModelError(
+                f"Pictures of {width} x {height} px cannot be cut into patches of {self.stride} x {self.stride}; give "
+                f"sides that are multiples of {self.stride}."
+            )
         dtype = self.codes.dtype
         scaled = (pixels.to(dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         return F.normalize(self.encoder(scaled).permute(0, 2, 3, 1).flatten(0, 2).float(), dim=1)
@@ -111,7 +121,12 @@ class VisualTokenizer(nn.Module):
 
         Returns:
             (B, grid * grid) int64 in [0, codebook_size), row by row.
+
+        Raises:
+            ModelError: the grid has no patches.
         """
+        if grid < 1:
+            raise ModelError(f"A grid of {grid} x {grid} has no patches; give the image tower's.")
         side = grid * self.stride
         if pixels.shape[-2:] != (side, side):
             pixels = F.interpolate(pixels.float(), size=(side, side), mode="bilinear", antialias=True)
@@ -128,6 +143,10 @@ class VisualTokenizer(nn.Module):
         side = math.isqrt(tokens.shape[1])
         vectors = F.normalize(self.codes.float(), dim=1)[tokens.flatten()]
         return ((self._paint(vectors, (side, side)).float() + 1) / 2).clamp(0, 1)
+
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits over weights and stride: other digits, other tokens."""
+        return fingerprint_of(self.state_dict(), {"stride": self.stride}, b"")
 
     def _paint(self, vectors: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B * N, D), N = grid[0] * grid[1] -> (B, 3, S, S) in about [-1, 1]."""
@@ -147,7 +166,7 @@ def gumbel_softmax(log_probabilities: Tensor, temperature: float, *, straight_th
     if not straight_through:
         return mixture
     drawn = torch.zeros_like(mixture).scatter_(-1, mixture.argmax(dim=-1, keepdim=True), 1.0)
-    return drawn + mixture - mixture.detach()
+    return drawn + (mixture - mixture.detach())
 
 
 class _Residual(nn.Module):
@@ -160,8 +179,8 @@ class _Residual(nn.Module):
         super().__init__()
         self.spatial = nn.Conv2d(channels, channels, 3, padding=1)
         self.mix = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.mix.weight)
-        nn.init.zeros_(self.mix.bias)
+        for parameter in self.mix.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, features: Tensor) -> Tensor:
         return features + self.mix(F.gelu(self.spatial(F.gelu(features))))
