@@ -1,7 +1,6 @@
 """One step of training, from a batch to updated weights, averages and queues."""
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,12 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 from cots.config import PretrainConfig
 from cots.data.masking import HiddenWords, hide_patches, hide_words
 from cots.data.transforms import ColorJitter
+from cots.model.dual_encoder import DualEncoder
 from cots.model.text_tower import WordPieceTokenizer
 from cots.model.visual_tokenizer import VisualTokenizer
 from cots.objectives.collaborative import CollaborativeObjective
 from cots.objectives.gathering import gather
 from cots.objectives.retrieval import PairFeatures
 from pretrain.distributed import Ranks
+from pretrain.flops import flops_per_pair
 from pretrain.loader import Batch
 from pretrain.momentum import MovingAverage
 from pretrain.network import HiddenPatches, NetworkOutput, TrainingNetwork
@@ -63,6 +64,8 @@ class TrainingStep:
         if training.compile:
             _compile(self.working.network)
             _compile_encoder(self.momentum_working.network)
+            if visual_tokenizer is not None:
+                visual_tokenizer.encoder.compile(dynamic=False)
         self.parallel: nn.Module = self.working.network
         if ranks.count > 1:
             # the views save a copy of all gradients; the buckets are reduced while the backward pass goes on
@@ -93,6 +96,22 @@ class TrainingStep:
                 self.average.update()
         self.objective.enqueue(features)
         return scalars
+
+    def flops_per_pair(self, batch_size: int) -> float:
+        """Model FLOPs of a step on `batch_size` items of a rank, divided by them: an item with several captions counts
+        once."""
+        data, model = self.config.data, self.config.model
+        size, frames = data.image_size or model.image_tower.image_size, data.frames_per_item
+
+        def take(count: int) -> None:
+            shape = (count, frames, 3, size, size) if frames > 1 else (count, 3, size, size)
+            pixels = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+            token_ids = torch.ones(
+                count * data.captions_per_item, model.text_tower.max_length, dtype=torch.int64, device=self.device
+            )
+            self.rehearse(Batch(pixels, token_ids, torch.arange(count, device=self.device)))
+
+        return flops_per_pair(take, batch_size)
 
     def rehearse(self, batch: Batch) -> None:
         """The maths of a step in one part and eagerly, without learning: for counting FLOPs.
@@ -274,15 +293,15 @@ def _compile(network: TrainingNetwork) -> None:
             head.compile(dynamic=False)
 
 
-def _compile_encoder(encoder: nn.Module) -> None:
-    """Compile whole passes, normalising and projecting included. All shapes are fixed by the configuration."""
-    for name in ("encode_image", "encode_text"):
-        compiled: Callable = torch.compile(getattr(encoder, name), dynamic=False)
-        setattr(encoder, name, compiled)
+def _compile_encoder(encoder: DualEncoder) -> None:
+    """The towers, each one graph for pictures seen whole and in part. All shapes are fixed by the configuration."""
+    encoder.image_tower.compile(dynamic=False)
+    encoder.text_tower.compile(dynamic=False)
+    encoder.prepare_pixels = torch.compile(encoder.prepare_pixels, dynamic=False)  # type: ignore[method-assign]
 
 
 @torch.no_grad()
-def _embeddings(encoder: nn.Module, pixels: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+def _embeddings(encoder: DualEncoder, pixels: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     return encoder.encode_image(pixels).embedding, encoder.encode_text(token_ids).embedding
 
 

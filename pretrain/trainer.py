@@ -32,14 +32,14 @@ from pretrain.checkpoint import (
     save_checkpoint,
 )
 from pretrain.distributed import Ranks, StopRequest, process_group
-from pretrain.flops import flops_per_pair, matrix_rate
+from pretrain.flops import matrix_rate
 from pretrain.loader import Batch, StepSampler, name_of, open_source, training_loader
 from pretrain.model_card import model_card
 from pretrain.network import TrainingNetwork
 from pretrain.optimizer import rate_factor
 from pretrain.pixel_cache import PixelCache, cached_batches
 from pretrain.start import starting_encoder, starting_tokenizer
-from pretrain.step import TrainingStep
+from pretrain.step import TrainingStep, uses_bf16
 from pretrain.telemetry import Telemetry
 from pretrain.validation import Validation, criterion
 
@@ -75,15 +75,8 @@ class Run:
         self.directory = Path(training.output)
         checkpoint = _checkpoint_to_resume(self.directory, training.resume)
 
-        torch.manual_seed(training.seed)  # the same weights on every rank
-        self.tokenizer = starting_tokenizer(config)
-        visual_tokenizer = _visual_tokenizer(config, self.device)
-        encoder = starting_encoder(config, self.tokenizer)
-        codebook = visual_tokenizer.codebook_size if visual_tokenizer else 0
-        network = TrainingNetwork(encoder, config.objective.masked_modeling, codebook)
-        network.to(self.device).to(memory_format=torch.channels_last)
-        objective = CollaborativeObjective(config.objective, config.model.embedding_dim).to(self.device)
-        self.stepper = TrainingStep(network, objective, config, ranks, self.tokenizer, visual_tokenizer)
+        self.stepper = create_step(config, ranks)
+        self.tokenizer = self.stepper.tokenizer
 
         self.sources = [open_source(source) for source in config.data.train]
         self.sampler = StepSampler(
@@ -137,7 +130,8 @@ class Run:
             self.telemetry.say(f"{self.directory} holds no checkpoint to go on from; this run starts from nothing.")
         rate = matrix_rate(self.device)
         if rate is not None:
-            self.telemetry.utilisation(self.flops_per_pair(), rate)
+            flops = self.stepper.flops_per_pair(training.batch_size // self.ranks.count)
+            self.telemetry.utilisation(flops, rate)
         with StopRequest(self.ranks) as stop:
             batches = self._batches()
             self.stepper.parallel.train()
@@ -163,21 +157,6 @@ class Run:
                     self.telemetry.say(f"Stopped at step {self.step}; go on with training.resume=true.")
                     return
         self.telemetry.say(f"Done: {self.steps} steps; the best model is in {self.directory / 'best'}.")
-
-    def flops_per_pair(self) -> float:
-        """Model FLOPs of a step, divided by its items (pairs that share a picture count once)."""
-        size = self.config.data.image_size or self.config.model.image_tower.image_size
-        frames = self.config.data.frames_per_item
-        length = self.config.model.text_tower.max_length
-
-        def take(count: int) -> None:
-            shape = (count, frames, 3, size, size) if frames > 1 else (count, 3, size, size)
-            pixels = torch.zeros(shape, dtype=torch.uint8, device=self.device)
-            captions = count * self.config.data.captions_per_item
-            token_ids = torch.ones(captions, length, dtype=torch.int64, device=self.device)
-            self.stepper.rehearse(Batch(pixels, token_ids, torch.arange(count, device=self.device)))
-
-        return flops_per_pair(take, self.config.training.batch_size // self.ranks.count)
 
     def _batches(self) -> Iterator[Batch]:
         data = self.config.data
@@ -294,11 +273,25 @@ class Run:
         )
 
 
-def _visual_tokenizer(config: PretrainConfig, device: torch.device) -> VisualTokenizer | None:
+def create_step(config: PretrainConfig, ranks: Ranks) -> TrainingStep:
+    """The networks and their state as they stand before the first step: the same weights on every rank.
+
+    Raises:
+        ConfigError: settings that contradict each other.
+        ModelError: weights to start from, or the visual tokenizer, are missing or of another architecture.
+    """
+    torch.manual_seed(config.training.seed)
+    tokenizer = starting_tokenizer(config)
+    encoder = starting_encoder(config, tokenizer)
     masked = config.objective.masked_modeling
-    if not masked.image_weight:
-        return None
-    return load_visual_tokenizer(masked.visual_tokenizer).to(device)
+    visual_tokenizer: VisualTokenizer | None = None
+    if masked.image_weight:
+        precision = torch.bfloat16 if uses_bf16(config.training.precision, ranks.device) else torch.float32
+        visual_tokenizer = load_visual_tokenizer(masked.visual_tokenizer).to(ranks.device, precision)
+    network = TrainingNetwork(encoder, masked, visual_tokenizer.codebook_size if visual_tokenizer else 0)
+    network.to(ranks.device).to(memory_format=torch.channels_last)
+    objective = CollaborativeObjective(config.objective, config.model.embedding_dim).to(ranks.device)
+    return TrainingStep(network, objective, config, ranks, tokenizer, visual_tokenizer)
 
 
 def _checkpoint_to_resume(directory: Path, resume: bool) -> Path | None:

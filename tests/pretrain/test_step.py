@@ -280,13 +280,13 @@ def test_a_run_counts_its_flops_without_learning(make_config: MakeConfig, every_
     run = Run(make_config(objective=every_level), ALONE)
     before = {name: value.clone() for name, value in run.stepper.network.state_dict().items()}
     random = torch.get_rng_state()
-    everything = run.flops_per_pair()
+    everything = run.stepper.flops_per_pair(8)
     run.telemetry.close()
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, before[name]) for name, value in run.stepper.network.state_dict().items())
     assert all(parameter.grad is None for parameter in run.stepper.working.network.parameters())
     alone = Run(make_config("alone", objective={"contrastive": {"queue_size": 0, "in_batch": "online"}}), ALONE)
-    contrastive = alone.flops_per_pair()
+    contrastive = alone.stepper.flops_per_pair(8)
     alone.telemetry.close()
     # a second pass of both towers, and a forward pass of the momentum towers: 2 + 1/3 times the work, and the heads
     assert 2 < everything / contrastive < 3.5
