@@ -97,6 +97,8 @@ class VisualTokenizerTrainingConfig(Settings):
             for name in names:
                 if getattr(given, name) != type(given).model_fields[name].default:
                     raise ValueError(f"{section}.{name} has no effect on a visual tokenizer; leave it out")
+        if self.training.weights_dtype == "int8":
+            raise ValueError("a visual tokenizer is stored in float32 or float16, not int8")
         return self
 
 

@@ -159,7 +159,7 @@ class TokenizerRun:
                 waited = time.perf_counter() - asked
                 self.samples_read += len(squares.pixels)
                 self._refuse_too_many_bad(squares.bad, self.samples_read)
-                self.telemetry.step(self._take_step(squares), waited)
+                self.telemetry.step(self.take_step(squares), waited)
                 self.step += 1
                 last, stopping = self.step == self.steps, stop.requested(self.step)
                 if self.step % training.log_every == 0 or last or stopping or self.step % self.epoch_steps == 0:
@@ -186,7 +186,8 @@ class TokenizerRun:
         self._refuse_too_many_bad(decoded.bad, len(self.frames))
         return squares_in_memory(decoded, sampler, seed, self.device)
 
-    def _take_step(self, squares: Squares) -> dict[str, Tensor]:
+    def take_step(self, squares: Squares) -> dict[str, Tensor]:
+        """Train on a rank's part of a step; returns what the log has of it, on the device."""
         config, objective = self.config, self.config.objective
         progress = self.step / self.steps
         set_rates(self.optimizer, rate_factor(self.step, self.steps, config.optimizer))

@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from cots.config import SourceConfig
-from cots.errors import ConfigError
 from cots.model.visual_tokenizer import VisualTokenizer
 from pretrain.loader import open_source
 from pretrain.tokenizer_pictures import decode_all
+from pretrain.validation import refuse_test_split
 
 _AT_ONCE = 128
 _SHEET_COLUMNS = 12
@@ -30,10 +29,7 @@ class TokenizerValidation:
     def __init__(self, sources: Sequence[SourceConfig], image_size: int, workers: int) -> None:
         self._sets: dict[str, Tensor] = {}
         for config in sources:
-            if "test" in Path(config.path).name.lower():
-                raise ConfigError(
-                    f"{config.path} is named like a test split; tokenizers are chosen on validation pictures only."
-                )
+            refuse_test_split(config.path)
             self._sets[config.path] = decode_all([open_source(config)], image_size, workers).frames
 
     def __bool__(self) -> bool:

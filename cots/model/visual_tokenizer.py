@@ -71,6 +71,7 @@ class VisualTokenizer(nn.Module):
         self.decoder = _decoder(channels, config.blocks, config.code_dim)
         self.codes = nn.Parameter(F.normalize(torch.randn(config.codebook_size, config.code_dim), dim=1))
         self.log_sharpness = nn.Parameter(torch.tensor(math.log(_FIRST_SHARPNESS)))
+        self.apply(_initialise)
 
     @property
     def codebook_size(self) -> int:
@@ -179,11 +180,21 @@ class _Residual(nn.Module):
         super().__init__()
         self.spatial = nn.Conv2d(channels, channels, 3, padding=1)
         self.mix = nn.Conv2d(channels, channels, 1)
-        for parameter in self.mix.parameters():
-            nn.init.zeros_(parameter)
 
     def forward(self, features: Tensor) -> Tensor:
         return features + self.mix(F.gelu(self.spatial(F.gelu(features))))
+
+
+def _initialise(module: nn.Module) -> None:
+    """Convolutions keep the variance of what they are given; a residual branch begins at zero."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        # an upsampled pixel is made from one pixel only
+        taps = 1 if isinstance(module, nn.ConvTranspose2d) else math.prod(module.kernel_size)
+        nn.init.normal_(module.weight, std=(module.in_channels * taps) ** -0.5)
+        assert module.bias is not None
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, _Residual):  # comes after its own convolutions
+        nn.init.zeros_(module.mix.weight)
 
 
 def _encoder(channels: list[int], blocks: int, code_dim: int) -> nn.Sequential:
