@@ -15,7 +15,7 @@ from rich.text import Text
 
 from cots.config import PretrainConfig, SourceConfig
 from cots.errors import CotsError, TrainingError
-from cots.model.text_tower import WordPieceTokenizer
+from cots.model.caption_tokenizer import CaptionTokenizer
 from pretrain.checkpoint import latest_checkpoint
 from pretrain.loader import open_source, steps_per_epoch
 from pretrain.source_check import TINY, ItemFacts, Leak, SourceFacts, find_leaks, look_at
@@ -81,7 +81,7 @@ def examine(config: PretrainConfig) -> CheckReport:
     return report
 
 
-def _uncut_tokenizer(config: PretrainConfig, report: CheckReport) -> WordPieceTokenizer | None:
+def _uncut_tokenizer(config: PretrainConfig, report: CheckReport) -> CaptionTokenizer | None:
     text = config.model.text_tower.model_copy(update={"max_length": _ALL_PIECES})
     model = config.model.model_copy(update={"text_tower": text})
     try:
@@ -91,7 +91,7 @@ def _uncut_tokenizer(config: PretrainConfig, report: CheckReport) -> WordPieceTo
         return None
 
 
-def _look_at_sources(config: PretrainConfig, tokenizer: WordPieceTokenizer | None, report: CheckReport) -> None:
+def _look_at_sources(config: PretrainConfig, tokenizer: CaptionTokenizer | None, report: CheckReport) -> None:
     size = config.data.image_size or config.model.image_tower.image_size
     if not config.data.train:
         report.problems.append(
@@ -126,8 +126,8 @@ def _judge_sources(config: PretrainConfig, report: CheckReport) -> None:
         kinds += [f"{len(report.leaks) - same} near-identical"] * (same < len(report.leaks))
         shown = "; ".join(f"{_short(leak.validation)} = {_short(leak.train)}" for leak in report.leaks[:_NAMED])
         report.warnings.append(
-            f"{len(report.leaks)} validation items are in the training sources too ({', '.join(kinds)}): recall on "
-            f"them says nothing. Leave them out of one side. {shown}"
+            f"{_count(len(report.leaks), 'validation picture')} in the training sources too ({', '.join(kinds)}): "
+            f"recall on them says nothing. Leave them out of one side. {shown}."
         )
 
 
@@ -164,22 +164,29 @@ def _judge_items(config: PretrainConfig, source: SourceFacts, report: CheckRepor
             f"{source.path}: {len(source.tiny)} of {looked_at} pictures are smaller than {TINY} px. "
             f"{_examples(source, source.tiny)}"
         )
-    repeated = source.repeated
-    if repeated and source.role == "train":
-        items = sum(len(indices) for indices in repeated)
-        report.warnings.append(
-            f"{source.path}: {items} items share {len(repeated)} pictures, so that one picture's captions count as "
-            f"each other's negatives; make them one item with several captions. For one, "
-            f"{' = '.join(_short(source.name(index)) for index in repeated[0][:2])}."
-        )
+    if source.repeated:
+        report.warnings.append(_tell_repeated(source))
     limit = config.model.text_tower.max_length
     long = source.over_long(limit)
     if long:
         longest = max(long, key=lambda fact: fact.longest)
         report.warnings.append(
-            f"{source.path}: {len(long)} of {looked_at} items have a caption of more than {limit} word pieces, whose "
-            f"end the text tower will not see (the longest has {longest.longest}: {_short(source.name(longest.index))})."
+            f"{source.path}: {len(long)} of {looked_at} items have a caption of more than {limit} word pieces; the "
+            f"text tower will not see its end. The longest has {longest.longest} "
+            f"({_short(source.name(longest.index))})."
         )
+
+
+def _tell_repeated(source: SourceFacts) -> str:
+    repeated = source.repeated
+    items = sum(len(indices) for indices in repeated)
+    pictures = "1 picture lies" if len(repeated) == 1 else f"{len(repeated)} pictures lie"
+    harm = "its captions count as each other's negatives" if source.role == "train" else "only one of them can be found"
+    example = " = ".join(_short(source.name(index)) for index in repeated[0][:2])
+    return (
+        f"{source.path}: {pictures} in {items} items, so that {harm}; make them one item with several captions. "
+        f"For one, {example}."
+    )
 
 
 def _judge_trial(config: PretrainConfig, trial: Trial, report: CheckReport) -> None:
@@ -205,13 +212,14 @@ def _show(report: CheckReport, config: PretrainConfig, console: Console) -> None
         console.print()
         console.print(_trial_table(report, trial, config))
     console.print()
-    for text, sign, color in [
-        *((text, "stops the run", "red") for text in report.problems),
-        *((text, "warning", "yellow") for text in report.warnings),
-    ]:
-        console.print(Text.assemble((sign, f"bold {color}"), "  ", text))
+    findings = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    for text in report.problems:
+        findings.add_row(Text("problem", "bold red"), Text(text))
+    for text in report.warnings:
+        findings.add_row(Text("warning", "bold yellow"), Text(text))
     if not report.problems:
-        console.print(Text.assemble(("ready", "bold green"), "  nothing found that would stop this run"))
+        findings.add_row(Text("ready", "bold green"), Text("Nothing found that would stop this run."))
+    console.print(findings)
 
 
 def _source_table(report: CheckReport, config: PretrainConfig) -> Table:
@@ -238,7 +246,7 @@ def _trial_table(report: CheckReport, trial: Trial, config: PretrainConfig) -> T
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
     training = config.training
-    table.add_row("one step", f"done on {trial.device} with {trial.pairs} pairs, loss {trial.loss:.3f}")
+    table.add_row("one step", f"taken on {trial.device}, log and checkpoint written")
     table.add_row("training", f"{report.steps:,} steps of {training.batch_size} pairs")
     parts = [f"{name} {_gib(size)}" for name, size in trial.memory.items() if size >= 2**20]
     limit = f" of {_gib(trial.device_memory)}" if trial.device_memory else ""
@@ -276,6 +284,10 @@ def _short(name: str) -> str:
 
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:].rstrip(".") + "."
+
+
+def _count(number: int, noun: str) -> str:
+    return f"1 {noun} is" if number == 1 else f"{number} {noun}s are"
 
 
 def _first_line(error: Exception) -> str:

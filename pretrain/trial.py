@@ -1,7 +1,6 @@
 """A few real steps on a small batch, and what they say of the memory and the time of the whole training."""
 
 import io
-import json
 import shutil
 import tempfile
 import time
@@ -32,7 +31,6 @@ class Trial:
     memory: bytes of the training as configured, by what they are for.
     device_memory: bytes that the device has; None for a CPU.
     checkpoint: bytes of one checkpoint; `disk`: bytes free where they will be written.
-    loss: of the step through the whole trainer.
     """
 
     device: str
@@ -42,7 +40,6 @@ class Trial:
     device_memory: int | None = None
     checkpoint: int = 0
     disk: int = 0
-    loss: float = 0.0
 
 
 def try_out(config: PretrainConfig) -> Trial:
@@ -68,7 +65,6 @@ def try_out(config: PretrainConfig) -> Trial:
             (checkpoint,) = run.directory.glob("checkpoints/*.pt")
             trial = _measure(config, run.stepper)
             trial.checkpoint, trial.disk = checkpoint.stat().st_size, shutil.disk_usage(directory).free
-            trial.loss = _loss(run.directory)
     return trial
 
 
@@ -92,10 +88,6 @@ def _small(config: PretrainConfig, output: Path) -> PretrainConfig:
     # no cache: it would decode the whole collection
     data = config.data.model_copy(update={"workers": 0, "validation": [], "cache_side": None})
     return config.model_copy(update={"training": training, "data": data})
-
-
-def _loss(run: Path) -> float:
-    return json.loads((run / "log.jsonl").read_text(encoding="utf-8").splitlines()[0])["loss"]
 
 
 def _measure(config: PretrainConfig, stepper: TrainingStep) -> Trial:
@@ -138,7 +130,7 @@ def _standing_memory(stepper: TrainingStep) -> dict[str, int]:
     weights = _bytes(stepper.network, stepper.working.network)
     momentum = _bytes(stepper.momentum.network, stepper.momentum_working.network)
     average = _bytes(stepper.average.network) if stepper.average is not None else 0
-    states = [state for state in stepper.optimizer.state.values()]
+    states = list(stepper.optimizer.state.values())
     optimizer = sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
     trained = [parameter for parameter in stepper.parameters if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in trained)
