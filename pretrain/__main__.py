@@ -6,16 +6,25 @@
 import sys
 
 from cots.errors import CotsError
-from pretrain.launch import launch
 
-if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("usage: python -m pretrain CONFIG [key=value ...]")
+
+def main(arguments: list[str]) -> int:
+    """Run a training; returns the exit code: 0 done, 1 a user's error, 2 wrong usage, 130 interrupted."""
+    if not arguments:
+        print("usage: python -m pretrain CONFIG [key=value ...]", file=sys.stderr)
+        return 2
     try:
-        launch(sys.argv[1], sys.argv[2:])
+        from pretrain.launch import launch  # here, so that Ctrl-C while it loads is caught too
+
+        launch(arguments[0], arguments[1:])
     except CotsError as error:
         print(f"Error: {error}", file=sys.stderr)
-        sys.exit(1)
+        return 1
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -181,3 +181,10 @@ def test_damaged_directories_are_named(tmp_path: Path) -> None:
     fails("no setting 'block'; did you mean 'blocks'")
     config_file.write_text(json.dumps({"format": 1, "model": {}}))
     fails("is a model of two towers, not a visual tokenizer")
+
+
+def test_tokens_compile_into_one_graph() -> None:
+    tokenizer = _tokenizer()
+    pixels = _pictures(2, 40)
+    compiled = torch.compile(lambda shown: tokenizer.tokens(shown, 4), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(pixels), tokenizer.tokens(pixels, 4))
