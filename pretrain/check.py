@@ -17,7 +17,7 @@ from cots.config import PretrainConfig, SourceConfig
 from cots.errors import CotsError, TrainingError
 from cots.model.caption_tokenizer import CaptionTokenizer
 from pretrain.checkpoint import latest_checkpoint
-from pretrain.loader import open_source, steps_per_epoch
+from pretrain.loader import TablePairs, open_source, steps_per_epoch
 from pretrain.source_check import TINY, ItemFacts, Leak, SourceFacts, find_leaks, look_at
 from pretrain.start import starting_tokenizer
 from pretrain.trial import Trial, try_out
@@ -126,8 +126,8 @@ def _judge_sources(config: PretrainConfig, report: CheckReport) -> None:
         kinds += [f"{len(report.leaks) - same} near-identical"] * (same < len(report.leaks))
         shown = "; ".join(f"{_short(leak.validation)} = {_short(leak.train)}" for leak in report.leaks[:_NAMED])
         report.warnings.append(
-            f"{_count(len(report.leaks), 'validation picture')} in the training sources too ({', '.join(kinds)}): "
-            f"recall on them says nothing. Leave them out of one side. {shown}."
+            f"{_count(len(report.leaks), 'validation picture', 'validation pictures')} in the training sources too "
+            f"({', '.join(kinds)}): recall on them says nothing. Leave them out of one side. {shown}."
         )
 
 
@@ -159,6 +159,10 @@ def _judge_items(config: PretrainConfig, source: SourceFacts, report: CheckRepor
             report.problems.append(f"{text} That is more than data.max_bad_share={allowed:g} allows.")
         else:
             report.warnings.append(f"{text} They will be skipped.")
+    left_out = source.source.left_out if isinstance(source.source, TablePairs) else []
+    if left_out:
+        shown = "; ".join(f"{_short(error.path)}: {error.reason}" for error in left_out[:_NAMED])
+        report.warnings.append(f"{source.path}: {_count(len(left_out), 'entry', 'entries')} left out. {shown}.")
     if source.tiny:
         report.warnings.append(
             f"{source.path}: {len(source.tiny)} of {looked_at} pictures are smaller than {TINY} px. "
@@ -286,8 +290,8 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:].rstrip(".") + "."
 
 
-def _count(number: int, noun: str) -> str:
-    return f"1 {noun} is" if number == 1 else f"{number} {noun}s are"
+def _count(number: int, one: str, many: str) -> str:
+    return f"1 {one} is" if number == 1 else f"{number} {many} are"
 
 
 def _first_line(error: Exception) -> str:

@@ -112,10 +112,20 @@ class ShardPairs:
 
 
 class TablePairs:
-    """Pairs of anything else that `iter_samples` reads, such as a table; what has no caption is left out."""
+    """Pairs of anything else that `iter_samples` reads, such as a table.
+
+    Attributes:
+        left_out: what is no readable picture or clip, or has no caption.
+    """
 
     def __init__(self, path: str) -> None:
-        self.samples: list[Sample] = [sample for sample in iter_samples([path], lambda _: None) if sample.captions]
+        self.left_out: list[MediaError] = []
+        self.samples: list[Sample] = []
+        for sample in iter_samples([path], self.left_out.append):
+            if sample.captions:
+                self.samples.append(sample)
+            else:
+                self.left_out.append(MediaError(sample.path, "it has no caption"))
 
     def __len__(self) -> int:
         return len(self.samples)

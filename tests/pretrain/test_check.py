@@ -150,6 +150,18 @@ def test_an_empty_shard_and_a_table_without_captions_hold_no_pairs(make_config: 
         assert "no pair of a picture and a caption" in _found(make_config(data=_only(tmp_path / name)))
 
 
+def test_rows_of_a_table_that_are_left_out_are_named(make_config: MakeConfig, tmp_path: Path) -> None:
+    rows = [{"path": f"{name}.png", "caption": "a red ball"} for name in "abcdefghi"] + [{"path": "mute.png"}]
+    for number, row in enumerate(rows):
+        (tmp_path / row["path"]).write_bytes(_encoded(_photo(number)))
+    (tmp_path / "b.png").unlink()
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    text = _found(make_config(data=_only(tmp_path / "list.jsonl")))
+    assert "list.jsonl: 2 entries are left out" in text
+    assert "b.png: no such file or directory" in text
+    assert "mute.png: it has no caption" in text
+
+
 def test_a_run_that_is_there_already_is_not_overwritten(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
     checkpoints = Path(config.training.output) / "checkpoints"
