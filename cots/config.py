@@ -102,7 +102,8 @@ class StartConfig(Settings):
     text_tower: str | None = None
     """A directory with a BERT `model.safetensors` (Hugging Face layout)."""
     model: str | None = None
-    """A COTS model directory; its towers' shapes must be those of `model`."""
+    """A COTS model directory or `embedded`, or `open_clip:ARCH/TAG` for the towers of an open_clip model (TAG may be a
+    checkpoint file). The shapes of `model` must be its own, but for the image size."""
 
 
 class SourceConfig(Settings):

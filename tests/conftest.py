@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny model with random weights and its directory. Tests never touch the network."""
 
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -76,3 +77,35 @@ def tiny_model_dir(
 @pytest.fixture(scope="session")
 def tiny_model(tiny_model_dir: Path) -> RetrievalModel:
     return load_model(str(tiny_model_dir), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def open_clip_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registered open_clip architecture of a few thousand parameters and its saved weights."""
+    open_clip = pytest.importorskip("open_clip")
+    directory = tmp_path_factory.mktemp("open_clip")
+    architecture = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    }
+    (directory / "cots-test-tiny.json").write_text(json.dumps(architecture))
+    open_clip.add_model_config(directory / "cots-test-tiny.json")
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("cots-test-tiny").state_dict(), directory / "weights.pt")
+    return directory / "weights.pt"
+
+
+@pytest.fixture(scope="session")
+def open_clip_config(open_clip_checkpoint: Path) -> ModelConfig:
+    """The settings of a dual encoder with this architecture's towers."""
+    open_clip = pytest.importorskip("open_clip")
+    name = "open_clip:cots-test-tiny"
+    mean, std = open_clip.constants.OPENAI_DATASET_MEAN, open_clip.constants.OPENAI_DATASET_STD
+    return ModelConfig.model_validate(
+        {
+            "embedding_dim": 16,
+            "image_tower": {"name": name, "image_size": 32, "resize": "crop", "mean": mean, "std": std},
+            "text_tower": {"name": name, "vocabulary": 49408, "max_length": 77, "positions": 77},
+        }
+    )

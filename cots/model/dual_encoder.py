@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cots.config import ModelConfig
+from cots.model.open_clip_architecture import OPEN_CLIP
 from cots.model.tower import GridTower, Tower
-
-OPEN_CLIP = "open_clip:"
 
 
 @dataclass
@@ -98,7 +97,9 @@ class ImageStream(Stream):
             grid = math.isqrt(hidden.shape[1])
             patches = hidden.view(-1, 1, grid, grid).to(torch.uint8)
             normalised = normalised.masked_fill(F.interpolate(patches, pixels.shape[-2:]).bool(), 0)
-        return normalised.to(self.image_tower.dtype)
+        last = pixels.is_contiguous(memory_format=torch.channels_last)  # one layout, seen whole or in part: one graph
+        layout = torch.channels_last if last else torch.contiguous_format
+        return normalised.to(self.image_tower.dtype).contiguous(memory_format=layout)
 
 
 class TextStream(Stream):

@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 from cots.config import ModelConfig, TextTowerConfig, validate_config
 from cots.errors import ConfigError, ModelError
 from cots.model.caption_tokenizer import CaptionTokenizer, WordPieceTokenizer
-from cots.model.dual_encoder import OPEN_CLIP, DualEncoder, ImageStream, Stream, TextStream
+from cots.model.dual_encoder import DualEncoder, ImageStream, Stream, TextStream
+from cots.model.open_clip_architecture import OPEN_CLIP
 
 AnyStream = TypeVar("AnyStream", bound=Stream)
 

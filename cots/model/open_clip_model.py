@@ -1,15 +1,15 @@
 """Any pretrained open_clip model behind the same face."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cots.data.square_transform import SquareTransform
-from cots.errors import MissingDependency, ModelError
+from cots.errors import ModelError
 from cots.model.model_directory import fingerprint_of
+from cots.model.open_clip_architecture import OPEN_CLIP, create_open_clip, import_open_clip
 from cots.model.retrieval_model import RetrievalModel
 
 
@@ -18,30 +18,9 @@ class OpenClipModel(RetrievalModel):
     tag's place."""
 
     def __init__(self, name: str, device: torch.device) -> None:
-        try:
-            import open_clip
-        except ImportError as error:
-            raise MissingDependency("open_clip_torch", "pip install 'cots[open_clip]'") from error
-        architecture, separator, tag = name.removeprefix("open_clip:").partition("/")
-        known = open_clip.list_models()
-        if not separator or architecture not in known:
-            raise ModelError(
-                f"{name!r} is no open_clip model; write open_clip:ARCH/TAG with an ARCH of open_clip.list_models()."
-            )
-        if not Path(tag).is_file() and tag not in open_clip.list_pretrained_tags_by_model(architecture):
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
-            raise ModelError(
-                f"open_clip has no weights {tag!r} for {architecture}; its tags: {tags}; a checkpoint file works too."
-            )
-        quick_gelu = bool((open_clip.get_pretrained_cfg(architecture, tag) or {}).get("quick_gelu"))
-        try:
-            model = open_clip.create_model(
-                architecture, pretrained=tag, require_pretrained=True, force_quick_gelu=quick_gelu
-            )
-        except Exception as error:  # hub, network and pickle errors of many classes
-            raise ModelError(
-                f"The weights of {name} could not be loaded: {str(error).strip().splitlines()[0]}"
-            ) from error
+        open_clip = import_open_clip()
+        model: Any = create_open_clip(name)  # any: open_clip's classes share their methods, but no base
+        architecture = name.removeprefix(OPEN_CLIP).partition("/")[0]
         self._model = model.eval().to(device)
         self._tokenizer = open_clip.get_tokenizer(architecture)
         preprocess = open_clip.get_model_preprocess_cfg(model)

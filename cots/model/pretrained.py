@@ -7,6 +7,7 @@ import torch
 from cots.embedded import EMBEDDED_MODEL
 from cots.errors import ModelError
 from cots.model.model_directory import open_saved_model
+from cots.model.open_clip_architecture import OPEN_CLIP
 from cots.model.retrieval_model import CotsModel, RetrievalModel
 
 
@@ -22,7 +23,7 @@ def load_model(name: str = "embedded", device: str | None = None) -> RetrievalMo
         MissingDependency: it needs open_clip, which is not installed.
     """
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if name.startswith("open_clip:"):
+    if name.startswith(OPEN_CLIP):
         from cots.model.open_clip_model import OpenClipModel
 
         return OpenClipModel(name, target)

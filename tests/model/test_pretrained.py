@@ -121,22 +121,6 @@ def test_unknown_names_say_what_would_do(tmp_path: Path) -> None:
         load_model("open_clip:ViT-B-32/nonesuch")
 
 
-@pytest.fixture(scope="module")
-def open_clip_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A registered open_clip architecture of a few thousand parameters and its saved weights."""
-    directory = tmp_path_factory.mktemp("open_clip")
-    architecture = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-    }
-    (directory / "cots-test-tiny.json").write_text(json.dumps(architecture))
-    open_clip.add_model_config(directory / "cots-test-tiny.json")
-    torch.manual_seed(0)
-    torch.save(open_clip.create_model("cots-test-tiny").state_dict(), directory / "weights.pt")
-    return directory / "weights.pt"
-
-
 def test_an_open_clip_model_embeds_as_open_clip_does(open_clip_checkpoint: Path) -> None:
     model = load_model(f"open_clip:cots-test-tiny/{open_clip_checkpoint}", device="cpu")
     reference, _, preprocess = open_clip.create_model_and_transforms(
