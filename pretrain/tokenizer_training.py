@@ -8,6 +8,7 @@ every validation a sheet of pictures above what their tokens keep of them) and b
 reconstruction error on validation). A run goes on where it stopped with training.resume=true.
 """
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from cots.model.visual_tokenizer import VisualTokenizer, save_visual_tokenizer
 from cots.tokenizer_config import VisualTokenizerTrainingConfig
 from pretrain.checkpoint import latest_checkpoint, random_state, read_checkpoint, restore_random_state, save_checkpoint
 from pretrain.distributed import Ranks, StopRequest, process_group
-from pretrain.loader import StepSampler, open_source
+from pretrain.loader import StepSampler, name_of, open_source
 from pretrain.momentum import MovingAverage
 from pretrain.optimizer import rate_factor, set_rates
 from pretrain.telemetry import Telemetry
@@ -37,7 +38,7 @@ from pretrain.tokenizer_validation import TokenizerValidation
 
 # what neither the weights nor the order of the samples hang on
 _FREE_ON_RESUMING = {
-    "data": {"workers", "validation", "max_bad_share", "cache_side"},
+    "data": {"workers", "validation", "max_bad_share"},
     "training": {
         "output", "resume", "device", "compile", "log_every", "validate_every", "checkpoint_every", "checkpoint_steps",
         "keep_checkpoints", "weights_dtype", "tensorboard", "wandb",
@@ -103,6 +104,7 @@ class TokenizerRun:
         torch.manual_seed(training.seed + 1 + ranks.rank)  # other draws of codes on every rank
         if checkpoint is not None:
             self._restore(checkpoint)
+        self.logged = self.step
         if ranks.first:
             self.directory.mkdir(parents=True, exist_ok=True)
             (self.directory / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -237,9 +239,19 @@ class TokenizerRun:
         )
         if not math.isfinite(means["loss"]):
             raise TrainingError(
-                f"The loss is no longer a number at step {self.step}; lower the learning rate or set "
-                "optimizer.clip_norm."
+                f"The loss is no longer a number at step {self.step}; the items of the last steps are named in "
+                f"{self._name_items()}. Lower the learning rate or set optimizer.clip_norm."
             )
+        self.logged = self.step
+
+    def _name_items(self) -> Path:
+        """Write the names of this rank's items since the last row of the log; returns the file."""
+        path = self.directory / f"last-items-rank{self.ranks.rank}.jsonl"
+        with path.open("w", encoding="utf-8") as file:
+            for step, items in enumerate(self.sampler.between(self.logged, self.step), self.logged + 1):
+                names = [name_of(self.frames.sources, item) for _, item in items]
+                file.write(json.dumps({"step": step, "items": names}) + "\n")
+        return path
 
     def _validate(self) -> None:
         if not self.validation:
@@ -255,15 +267,13 @@ class TokenizerRun:
             )
         sheets = self.directory / "reconstructions"
         sheets.mkdir(exist_ok=True)
-        sheet = self.validation.sheet(tokenizer, self.device)
-        sheet.save(sheets / f"step-{self.step:08d}.png")
+        self.validation.sheet(tokenizer, self.device).save(sheets / f"step-{self.step:08d}.png")
         error = sum(m["reconstruction_error"] for m in results.values()) / len(results)
         if error < self.best["criterion"]:
             self.best = {"criterion": error, "step": self.step, "results": results}
             directory = self.directory / "best"
             card = tokenizer_card(self.config, results)
             save_visual_tokenizer(directory, tokenizer, weights_dtype=self.config.training.weights_dtype, card=card)
-            sheet.save(directory / "reconstructions.png")
         self.telemetry.restart()
 
     def _save(self) -> None:

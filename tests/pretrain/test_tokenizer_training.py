@@ -232,6 +232,18 @@ def test_runs_that_cannot_be(make_tokenizer_config: MakeConfig, shape_shard: Wri
         train_visual_tokenizer(other)
 
 
+def test_a_loss_that_is_no_number_ends_the_run_and_its_items_are_named(make_tokenizer_config: MakeConfig) -> None:
+    config = make_tokenizer_config(
+        optimizer={"learning_rate": 1e20, "clip_norm": 0, "warmup": 0}, training={"log_every": 2}
+    )
+    with pytest.raises(TrainingError, match="no longer a number at step 2; the items of the last steps are named in"):
+        train_visual_tokenizer(config)
+    named = Path(config.training.output) / "last-items-rank0.jsonl"
+    steps = [json.loads(line) for line in named.read_text().splitlines()]
+    assert [row["step"] for row in steps] == [1, 2]
+    assert all(len(row["items"]) == 12 and "train-" in row["items"][0] for row in steps)
+
+
 def test_a_check_says_what_it_found_and_leaves_nothing(
     make_tokenizer_config: MakeConfig, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
