@@ -165,7 +165,7 @@ def _judge_items(config: PretrainConfig, source: SourceFacts, report: CheckRepor
         report.warnings.append(f"{source.path}: {_count(len(left_out), 'entry', 'entries')} left out. {shown}.")
     if source.tiny:
         report.warnings.append(
-            f"{source.path}: {len(source.tiny)} of {looked_at} pictures are smaller than {TINY} px. "
+            f"{source.path}: in {len(source.tiny)} of {looked_at} pictures the shorter side is under {TINY} px. "
             f"{_examples(source, source.tiny)}"
         )
     if source.repeated:
@@ -175,7 +175,7 @@ def _judge_items(config: PretrainConfig, source: SourceFacts, report: CheckRepor
     if long:
         longest = max(long, key=lambda fact: fact.longest)
         report.warnings.append(
-            f"{source.path}: {len(long)} of {looked_at} items have a caption of more than {limit} word pieces; the "
+            f"{source.path}: in {len(long)} of {looked_at} items a caption has more than {limit} word pieces; the "
             f"text tower will not see its end. The longest has {longest.longest} "
             f"({_short(source.name(longest.index))})."
         )
@@ -259,7 +259,7 @@ def _trial_table(report: CheckReport, trial: Trial, config: PretrainConfig) -> T
     decoding = _decoding_rate(report.sources)
     workers = max(1, config.data.workers)
     table.add_row(
-        "rates", f"decoding {decoding:,.0f} items/s a worker, {workers} workers; steps {stepping:,.0f} pairs/s"
+        "rates", f"decoding {decoding:,.0f} items/s a worker, {workers} workers; steps {_rate(stepping)} pairs/s"
     )
     slower = stepping if config.data.cache_side else min(stepping, decoding * workers)
     hours = report.steps * training.batch_size / slower / 3600
@@ -300,6 +300,10 @@ def _first_line(error: Exception) -> str:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _duration(hours: float) -> str:

@@ -77,7 +77,7 @@ def test_items_that_are_broken_tiny_twice_or_too_long_are_named(
     assert "mute: it has no caption" in broken
     assert "max_bad_share=0.01" in broken
     text = "\n".join(report.warnings)
-    assert "1 of 30 pictures are smaller than 32 px" in text
+    assert "in 1 of 30 pictures the shorter side is under 32 px" in text
     assert "mixed.tar::small: 20 px" in text
     assert "1 picture lies in 2 items" in text
     assert "mixed.tar::one = mixed.tar::other" in text
