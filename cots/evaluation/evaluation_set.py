@@ -1,0 +1,139 @@
+"""What an evaluation runs on: items with captions, and which captions belong to which items.
+
+read_evaluation_set reads it from a file; `cots.evaluation.protocols` from a dataset's own annotations.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cots.data.frame_sampling import EVERY_SECOND, FrameSampling
+from cots.data.media_kind import Kind
+from cots.data.samples import Sample, iter_samples
+from cots.data.tables import TABLE_EXTENSIONS, read_table
+from cots.errors import EvaluationError, MediaError, SourceError
+
+NO_FILE = "there is no such file"
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image or a video.
+
+    Attributes:
+        name: what the protocol calls it; a file's path.
+        captions: at least one.
+        sample: the file; None if it cannot even be opened (`problem` says why).
+        label: items of one label are relevant to each other's captions.
+        problem: why there is no sample.
+    """
+
+    name: str
+    captions: tuple[str, ...]
+    sample: Sample | None
+    label: str
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Attributes:
+    protocol: its name; the file's.
+    kind: of all items.
+    items: in their order.
+    frames: which frames of a video are embedded.
+    folds: into how many equal parts the items are cut, one after another; each is a gallery of its own.
+    warnings: what a reader of the result should know about the data.
+    """
+
+    protocol: str
+    kind: Kind
+    items: tuple[Item, ...]
+    frames: FrameSampling = EVERY_SECOND
+    folds: int = 1
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def captions(self) -> list[str]:
+        """All captions, item by item."""
+        return [caption for item in self.items for caption in item.captions]
+
+    @property
+    def owner(self) -> Tensor:
+        """(T,) int64: the item of each caption."""
+        return torch.tensor([place for place, item in enumerate(self.items) for _ in item.captions])
+
+    @property
+    def labels(self) -> Tensor:
+        """(C,) int64: equal for items that are relevant to each other's captions, numbered from 0."""
+        numbers: dict[str, int] = {}
+        return torch.tensor([numbers.setdefault(item.label, len(numbers)) for item in self.items])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of captions, relevance and folds: equal for results that may be compared query by query."""
+        content = [[list(item.captions) for item in self.items], self.labels.tolist(), self.folds]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def read_evaluation_set(file: str | Path) -> EvaluationSet:
+    """Read a file of captioned items.
+
+    Args:
+        file: a table of `{"image" | "video": path, "captions": [..]}` rows (rows of the same path are joined), or any
+            other source whose items have captions, such as a webdataset shard. Items with an equal column or field
+            `group` are relevant to each other's captions.
+
+    Raises:
+        SourceError: the file cannot be used as a source.
+        EvaluationError: a row is damaged, an item has no caption, or images and videos are mixed.
+    """
+    file = Path(file)
+    is_table = file.suffix[1:].lower() in TABLE_EXTENSIONS and file.exists()
+    table = _table_rows(file) if is_table else {}
+    problems: list[MediaError] = []
+    samples = {sample.path: sample for sample in iter_samples([file], problems.append)}
+    reasons = {error.path: error.reason for error in problems}
+    rows = table or {path: (item.captions, _group(item)) for path, item in samples.items()}
+    if problems and not is_table:  # captions are known only of what can be read, so the rest cannot count as missed
+        raise EvaluationError(
+            f"{len(problems)} parts of {file} cannot be used, the first: {problems[0]}; mend it or leave them out."
+        )
+    items = tuple(
+        Item(path, captions, samples.get(path), f"group {group}" if group else path, reasons.get(path, NO_FILE))
+        for path, (captions, group) in rows.items()
+    )
+    silent = [item.name for item in items if not item.captions]
+    if silent:
+        raise EvaluationError(f"{len(silent)} items of {file} have no caption, the first is {silent[0]}.")
+    kinds = {sample.kind for sample in samples.values()}
+    if len(kinds) != 1:
+        found = "neither images nor videos that can be read" if not kinds else "images and videos; evaluate them apart"
+        raise EvaluationError(f"{file} holds {found}.")
+    return EvaluationSet(str(file), kinds.pop(), items)
+
+
+def _group(sample: Sample) -> str:
+    return sample.extra.get("group", "")
+
+
+def _table_rows(file: Path) -> dict[str, tuple[tuple[str, ...], str]]:
+    """Captions and group of every path of a table, in its order."""
+    rows: dict[str, tuple[tuple[str, ...], str]] = {}
+    bad_rows: list[MediaError] = []
+    try:
+        for row in read_table(file, bad_rows.append):
+            path = os.path.abspath(row.path)
+            captions, group = rows.get(path, ((), ""))
+            rows[path] = tuple(dict.fromkeys((*captions, *row.captions))), row.extra.get("group", group)
+    except SourceError:
+        if not bad_rows:  # else the rows say why
+            raise
+    if bad_rows:
+        raise EvaluationError(f"{len(bad_rows)} rows cannot be used, the first: {bad_rows[0]}; mend the file.")
+    return rows
