@@ -6,24 +6,25 @@ import torch
 from torch import nn
 
 from cots.config import OptimizerConfig
+from cots.model.dual_encoder import DualEncoder
 
 
-def create_optimizer(encoder: nn.Module, objective: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Groups of image tower, text tower and the rest, each split into decayed matrices and undecayed vectors.
+def create_optimizer(encoder: DualEncoder, objective: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Groups by peak rate, each split into decayed matrices and undecayed vectors.
 
-    Every group carries its peak rate as `peak`; what has a peak rate of 0 is frozen. Biases, norms, embeddings of
-    single tokens and the temperature are not decayed.
+    The peak rate of a tower's layer is the tower's rate times its layer decay once for every layer above it (Clark et
+    al. 2020, ELECTRA); a tower of rate 0 is frozen. Biases, norms, embeddings of single tokens and the temperature are
+    not decayed. Every group carries its peak rate as `peak`.
+
+    Args:
+        objective: whatever else learns.
     """
-    rates = {"image_tower": config.image_tower_rate, "text_tower": config.text_tower_rate}
+    tower_rates = _tower_rates(encoder, config)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in [*encoder.named_parameters(), *objective.named_parameters()]:
         if not parameter.requires_grad:
             continue
-        given = rates.get(name.partition(".")[0])
-        peak = config.learning_rate if given is None else given
-        if peak == 0:
-            parameter.requires_grad_(False)
-            continue
+        peak = tower_rates.get(name, config.learning_rate)
         decay = config.weight_decay if parameter.squeeze().ndim >= 2 else 0.0
         groups.setdefault((peak, decay), []).append(parameter)
     return torch.optim.AdamW(
@@ -34,6 +35,23 @@ def create_optimizer(encoder: nn.Module, objective: nn.Module, config: Optimizer
         betas=config.betas,
         fused=all(parameter.is_cuda for parameters in groups.values() for parameter in parameters),
     )
+
+
+def _tower_rates(encoder: DualEncoder, config: OptimizerConfig) -> dict[str, float]:
+    """The peak rate of every parameter of the towers, by its name; a tower that is not to learn is frozen."""
+    rates = {}
+    for prefix, tower, rate, layer_decay in (
+        ("image_tower", encoder.image_tower, config.image_tower_rate, config.image_layer_decay),
+        ("text_tower", encoder.text_tower, config.text_tower_rate, config.text_layer_decay),
+    ):
+        if rate == 0:
+            tower.freeze()
+            continue
+        top_rate = config.learning_rate if rate is None else rate
+        depths = tower.layer_depths()
+        top = max(depths.values())
+        rates.update({f"{prefix}.{name}": top_rate * layer_decay ** (top - depth) for name, depth in depths.items()})
+    return rates
 
 
 def rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from cots.config import ModelConfig
 from cots.model.open_clip_architecture import OPEN_CLIP
-from cots.model.tower import GridTower, Tower
+from cots.model.tower import GridTower, WordTower
 
 
 @dataclass
@@ -150,7 +150,7 @@ def create_image_tower(config: ModelConfig) -> GridTower:
     return ImageTower(config.image_tower)
 
 
-def create_text_tower(config: ModelConfig) -> Tower:
+def create_text_tower(config: ModelConfig) -> WordTower:
     """The text tower that the configuration names, with random weights."""
     if config.text_tower.name.startswith(OPEN_CLIP):
         from cots.model.open_clip_towers import OpenClipTextTower

@@ -23,7 +23,7 @@ from cots.model.open_clip_architecture import (
     import_open_clip,
     needs_quick_gelu,
 )
-from cots.model.tower import GridTower, Tower, TowerOutput
+from cots.model.tower import GridTower, Tower, TowerOutput, WordTower
 
 
 class OpenClipImageTower(GridTower):
@@ -71,7 +71,7 @@ class OpenClipImageTower(GridTower):
         return _depths(self, last=("trunk.ln_post",))
 
 
-class OpenClipTextTower(Tower):
+class OpenClipTextTower(WordTower):
     """Ids (B, L) int64 of a ClipTokenizer -> TowerOutput, by a causal text transformer of open_clip.
 
     The pooled vector is that of the end token, which is the highest id of its row.
@@ -110,6 +110,10 @@ class OpenClipTextTower(Tower):
         tokens = trunk.ln_final(trunk.transformer(states, attn_mask=mask))
         ends = token_ids.argmax(dim=1)
         return TowerOutput(tokens[torch.arange(len(tokens), device=ends.device), ends], tokens)
+
+    @property
+    def word_embeddings(self) -> Tensor:
+        return self.trunk.token_embedding.weight
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         self.trunk.set_grad_checkpointing(enabled)

@@ -5,12 +5,12 @@ from torch import Tensor
 from cots.config import TextTowerConfig
 from cots.model.bert import PAD, Bert
 from cots.model.caption_tokenizer import WordPieceTokenizer
-from cots.model.tower import Tower, TowerOutput
+from cots.model.tower import TowerOutput, WordTower
 
 __all__ = ["TextTower", "WordPieceTokenizer"]
 
 
-class TextTower(Tower):
+class TextTower(WordTower):
     """Word pieces (B, L) int64, zero-padded -> TowerOutput of width `width`."""
 
     def __init__(self, config: TextTowerConfig) -> None:
@@ -36,7 +36,6 @@ class TextTower(Tower):
 
     @property
     def word_embeddings(self) -> Tensor:
-        """(vocabulary, C), by which hidden word pieces are also decoded."""
         return self.bert.embeddings.word_embeddings.weight
 
     def set_activation_checkpointing(self, enabled: bool) -> None:

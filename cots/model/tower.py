@@ -79,6 +79,15 @@ class GridTower(Tower):
     stride: int
 
 
+class WordTower(Tower):
+    """A tower of captions."""
+
+    @property
+    def word_embeddings(self) -> Tensor:
+        """(vocabulary, C), by which hidden word pieces are also decoded."""
+        raise NotImplementedError
+
+
 def lower_precision(encoder: nn.Module, dtype: torch.dtype) -> None:
     """Cast the matrices and vectors of an encoder's towers in place, for arithmetic in `dtype` without autocast.
 

@@ -105,7 +105,7 @@ def make_config(
             "training": {"output": str(tmp_path / name), "epochs": 2, "batch_size": 8, "log_every": 1, "device": "cpu"},
         }
         for section, changes in sections.items():
-            values[section] = {**values[section], **changes}
+            values[section] = {**values.get(section, {}), **changes}
         return PretrainConfig.model_validate(values)
 
     return make

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ def encoder(tiny_model_config: ModelConfig) -> DualEncoder:
 
 
 def _settings_by_name(
-    encoder: DualEncoder, objective: CollaborativeObjective, config: OptimizerConfig
+    encoder: DualEncoder, objective: torch.nn.Module, config: OptimizerConfig
 ) -> dict[str, tuple[float, float]]:
     """(peak rate, weight decay) of each parameter that is trained."""
     optimizer = create_optimizer(encoder, objective, config)
@@ -46,6 +48,66 @@ def test_a_tower_of_rate_zero_is_frozen_and_a_fixed_temperature_left_out(encoder
     assert not any(parameter.requires_grad for parameter in encoder.image_tower.parameters())
     assert "log_temperature" not in settings
     assert {rate for rate, _ in settings.values()} == {1e-4}
+
+
+def test_a_frozen_tower_changes_neither_weights_nor_statistics(tiny_model_config: ModelConfig) -> None:
+    image = {"name": "tf_efficientnet_lite0", "image_size": 64, "pooling": "mean", "dropout": 0.5}
+    text = tiny_model_config.text_tower.model_dump()
+    encoder = DualEncoder(ModelConfig.model_validate({"embedding_dim": 32, "image_tower": image, "text_tower": text}))
+    config = OptimizerConfig(image_tower_rate=0.0, learning_rate=1e-2)
+    optimizer = create_optimizer(encoder, torch.nn.Module(), config)
+    before = copy.deepcopy(encoder.state_dict())
+    encoder.train()
+    pixels = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    image_batch, text_batch = encoder(pixels, torch.randint(5, 100, (4, 8)))
+    (image_batch.embedding * text_batch.embedding).sum().backward()
+    optimizer.step()
+    for name, value in encoder.state_dict().items():
+        if name.startswith("image_tower"):
+            assert torch.equal(value, before[name]), name
+    assert not torch.equal(encoder.image_projection.linear.weight, before["image_projection.linear.weight"])
+    weight = "text_tower.bert.encoder.layer.0.output.dense.weight"
+    assert not torch.equal(encoder.state_dict()[weight], before[weight])
+
+
+def test_rates_fall_layer_by_layer_towards_the_input(encoder: DualEncoder) -> None:
+    config = OptimizerConfig(
+        learning_rate=1e-3, image_tower_rate=1e-4, image_layer_decay=0.5, text_layer_decay=0.8, weight_decay=0.0
+    )
+    settings = _settings_by_name(encoder, torch.nn.Module(), config)
+    # two blocks above the embeddings, in both towers
+    expected = {
+        "image_tower.trunk.norm.weight": 1e-4,
+        "image_tower.trunk.blocks.1.attn.qkv.weight": 1e-4,
+        "image_tower.trunk.blocks.0.mlp.fc1.bias": 0.5e-4,
+        "image_tower.trunk.patch_embed.proj.weight": 0.25e-4,
+        "image_tower.trunk.cls_token": 0.25e-4,
+        "text_tower.bert.encoder.layer.1.attention.self.query.weight": 1e-3,
+        "text_tower.bert.encoder.layer.0.output.LayerNorm.bias": 0.8e-3,
+        "text_tower.bert.embeddings.word_embeddings.weight": 0.64e-3,
+        "image_projection.linear.weight": 1e-3,
+    }
+    assert {name: settings[name][0] for name in expected} == pytest.approx(expected)
+
+
+def test_a_convolutional_networks_layers_are_its_blocks_and_a_hybrids_go_on_above(
+    tiny_model_config: ModelConfig,
+) -> None:
+    image = {
+        "name": "tf_efficientnet_lite0", "image_size": 64, "transformer_depth": 2, "transformer_width": 48,
+        "transformer_heads": 2,
+    }  # fmt: skip
+    text = tiny_model_config.text_tower.model_dump()
+    encoder = DualEncoder(ModelConfig.model_validate({"embedding_dim": 32, "image_tower": image, "text_tower": text}))
+    depths = encoder.image_tower.layer_depths()
+    assert depths.keys() == dict(encoder.image_tower.named_parameters()).keys()
+    top = depths["trunk.conv_head.weight"]
+    assert top == 16  # lite0 has 1 + 2 + 2 + 3 + 3 + 4 + 1 blocks
+    assert depths["trunk.conv_stem.weight"] == 0
+    assert depths["trunk.blocks.1.0.conv_pw.weight"] == 2
+    assert depths["blocks.cls_token"] == depths["blocks.project.weight"] == top + 1
+    assert depths["blocks.blocks.0.attn.qkv.weight"] == top + 1
+    assert depths["blocks.blocks.1.attn.qkv.weight"] == depths["blocks.norm.weight"] == top + 2
 
 
 def test_cosine_rises_linearly_and_falls_to_the_final_rate() -> None:
