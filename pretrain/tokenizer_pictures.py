@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cots.data.device_augmentation import DRAWS
 from cots.data.transforms import SquareTransform
-from cots.errors import MediaError, TrainingError
+from cots.errors import MediaError, MissingDependency, TrainingError
 from pretrain.loader import CLIP_FRAMES, PairSource, StepSampler, name_of
 from pretrain.pixel_cache import uniform_draws
 
@@ -48,17 +48,19 @@ class SquareFrames(Dataset[Tensor]):
 
 @dataclass
 class DecodedPictures:
-    """Every item of some sources; those that could not be decoded stand empty.
+    """Every item of some sources; those that could not be decoded stand empty, and so do clips without a decoder.
 
     Attributes:
         frames: (F, 3, R, R) uint8, of all items one after another.
         first: (N + 1,) int64, where the frames of each item begin.
         bad: what could not be decoded.
+        left_out: clips that could be, if their decoder were installed.
     """
 
     frames: Tensor
     first: np.ndarray
     bad: list[Bad]
+    left_out: list[Bad]
 
 
 def decode_all(sources: Sequence[PairSource], side: int, workers: int) -> DecodedPictures:
@@ -78,35 +80,44 @@ def decode_all(sources: Sequence[PairSource], side: int, workers: int) -> Decode
     pixels: list[Tensor] = []
     counts: list[int] = []
     bad: list[Bad] = []
-    for part, part_counts, part_bad in loader:
+    left_out: list[Bad] = []
+    for part, part_counts, part_bad, part_left_out in loader:
         pixels.append(part.clone())  # each tensor that comes from a worker holds a file open
         counts += part_counts
         bad += part_bad
+        left_out += part_left_out
     if not any(counts):
-        raise TrainingError(f"None of the {len(counts)} items could be decoded, the first: {bad[0][0]}: {bad[0][1]}.")
-    return DecodedPictures(torch.cat(pixels), np.cumsum([0, *counts]), bad)
+        name, reason = [*bad, *left_out][0]
+        raise TrainingError(f"None of the {len(counts)} items could be decoded, the first: {name}: {reason}.")
+    return DecodedPictures(torch.cat(pixels), np.cumsum([0, *counts]), bad, left_out)
 
 
-class _Decoded(Dataset[tuple[Tensor, Bad | None]]):
+_Item = tuple[Tensor, Bad | None, Bad | None]  # frames, or why they are bad, or why they are left out
+
+
+class _Decoded(Dataset[_Item]):
     def __init__(self, frames: SquareFrames) -> None:
         self.frames = frames
 
     def __len__(self) -> int:
         return len(self.frames)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Bad | None]:
+    def __getitem__(self, index: int) -> _Item:
+        nothing = torch.empty(0, 3, self.frames.transform.size, self.frames.transform.size, dtype=torch.uint8)
         try:
-            return self.frames[index], None
+            return self.frames[index], None, None
         except MediaError as error:
-            side = self.frames.transform.size
-            return torch.empty(0, 3, side, side, dtype=torch.uint8), (name_of(self.frames.sources, index), error.reason)
+            return nothing, (name_of(self.frames.sources, index), error.reason), None
+        except MissingDependency as error:
+            return nothing, None, (name_of(self.frames.sources, index), str(error))
 
 
-def _join(items: list[tuple[Tensor, Bad | None]]) -> tuple[Tensor, list[int], list[Bad]]:
+def _join(items: list[_Item]) -> tuple[Tensor, list[int], list[Bad], list[Bad]]:
     return (
-        torch.cat([frames for frames, _ in items]),
-        [len(frames) for frames, _ in items],
-        [bad for _, bad in items if bad is not None],
+        torch.cat([frames for frames, _, _ in items]),
+        [len(frames) for frames, _, _ in items],
+        [bad for _, bad, _ in items if bad is not None],
+        [left_out for _, _, left_out in items if left_out is not None],
     )
 
 
@@ -172,8 +183,9 @@ class _OneFrame(Dataset[tuple[Tensor, int, list[Bad]]]):
             actual = (index + attempt * 7919) % len(self.frames)
             try:
                 squares = self.frames[actual]
-            except MediaError as error:
-                bad.append((name_of(self.frames.sources, actual), error.reason))
+            except (MediaError, MissingDependency) as error:
+                reason = error.reason if isinstance(error, MediaError) else str(error)
+                bad.append((name_of(self.frames.sources, actual), reason))
                 continue
             return squares[_frame(uniform_draws(self.seed, place, 1), np.array([len(squares)]))[0]], place, bad
         raise TrainingError(f"{_SUBSTITUTES} samples in a row could not be read, the last {bad[-1][0]}: {bad[-1][1]}.")

@@ -185,6 +185,9 @@ class TokenizerRun:
         decoded = decode_all(self.frames.sources, data.cache_side, data.workers)
         seconds, size_mib = time.perf_counter() - started, decoded.frames.nbytes / 2**20
         self.telemetry.say(f"{len(self.frames)} items decoded in {seconds:.0f} s into {size_mib:.0f} MiB")
+        if decoded.left_out:
+            count = len(decoded.left_out)
+            self.telemetry.say(f"{count} {'clip is' if count == 1 else 'clips are'} left out: {decoded.left_out[0][1]}")
         self._refuse_too_many_bad(decoded.bad, len(self.frames))
         return squares_in_memory(decoded, sampler, seed, self.device)
 

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from cots.config import SourceConfig
+from cots.errors import TrainingError
 from cots.model.visual_tokenizer import VisualTokenizer
 from pretrain.loader import open_source
 from pretrain.tokenizer_pictures import decode_all
@@ -24,13 +25,17 @@ class TokenizerValidation:
 
     Raises:
         ConfigError: a source is named like a test split, on which no tokenizer may be chosen.
+        TrainingError: an item of a source cannot be decoded.
     """
 
     def __init__(self, sources: Sequence[SourceConfig], image_size: int, workers: int) -> None:
         self._sets: dict[str, Tensor] = {}
         for config in sources:
             refuse_test_split(config.path)
-            self._sets[config.path] = decode_all([open_source(config)], image_size, workers).frames
+            decoded = decode_all([open_source(config)], image_size, workers)
+            for name, reason in [*decoded.bad, *decoded.left_out]:
+                raise TrainingError(f"{name}: {reason}; a validation source must be whole, or figures do not compare.")
+            self._sets[config.path] = decoded.frames
 
     def __bool__(self) -> bool:
         return bool(self._sets)

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import signal
@@ -221,6 +222,9 @@ def test_runs_that_cannot_be(make_tokenizer_config: MakeConfig, shape_shard: Wri
     test_split = {"validation": [{"path": str(shape_shard(tmp_path / "test-0.tar"))}]}
     with pytest.raises(ConfigError, match="named like a test split"):
         train_visual_tokenizer(make_tokenizer_config(data=test_split))
+    broken = {"validation": [{"path": str(shape_shard(tmp_path / "val.tar", {"b.png": b"", "b.json": b"{}"}))}]}
+    with pytest.raises(TrainingError, match="a validation source must be whole"):
+        train_visual_tokenizer(make_tokenizer_config(data=broken))
     with pytest.raises(ConfigError, match="names no source"):
         train_visual_tokenizer(make_tokenizer_config(data={"train": []}))
     config = make_tokenizer_config(training={"epochs": 1})
@@ -269,3 +273,29 @@ def test_figures_and_sheet_by_hand() -> None:
     assert (sheet[12:20, :8] == 100).all()
     assert (sheet[24:32, :8] == 0).all()
     assert (sheet[24:, 12:] == 255).all()  # the second row holds one picture
+
+
+def test_clips_are_left_out_where_no_decoder_is_installed(
+    make_tokenizer_config: MakeConfig, shape_shard: WriteShard, tmp_path: Path
+) -> None:
+    clip = io.BytesIO()
+    frames = [Image.new("RGB", (40, 40), color) for color in ("red", "blue")]
+    frames[0].save(clip, "GIF", save_all=True, append_images=frames[1:])
+    # a GIF needs no decoder, an mp4 does; its first bytes tell what it is
+    mp4 = b"\x00\x00\x00\x18ftypisom\x00\x00\x02\x00isomiso2" + bytes(100)
+    further = {
+        "a.gif": clip.getvalue(),
+        "a.json": b'{"captions": ["x"]}',
+        "b.mp4": mp4,
+        "b.json": b'{"captions": ["x"]}',
+    }
+    source = {"train": [{"path": str(shape_shard(tmp_path / "clips.tar", further))}]}
+    config = make_tokenizer_config(data=source, training={"epochs": 1})
+    program = (
+        "import sys; sys.modules['av'] = sys.modules['decord'] = None\n"
+        "from pretrain.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, str(_write(config, tmp_path / "clips.yaml"))]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1 clip is left out: av (PyAV) is not installed" in done.stderr
