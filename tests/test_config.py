@@ -5,8 +5,6 @@ import pytest
 from cots.config import PretrainConfig, read_config
 from cots.errors import ConfigError
 
-ROOT = Path(__file__).parents[1]
-
 
 def _config(path: Path, text: str, *overrides: str) -> PretrainConfig:
     path.write_text(text)
@@ -16,13 +14,6 @@ def _config(path: Path, text: str, *overrides: str) -> PretrainConfig:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return tmp_path / "a.yaml"
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_the_committed_configurations_are_valid(path: Path) -> None:
-    config = read_config(path)
-    assert config.data.train
-    assert config.data.validation
 
 
 def test_what_is_not_given_has_its_default(file: Path) -> None:
