@@ -44,7 +44,7 @@ OPTIONS = {
     "index info": ("--gallery", "--json"),
     "index check": ("--gallery",),
     "pretrain": ("CONFIG", "key=value"),
-    "evaluate": ("FILE.jsonl", "--model", "--json"),
+    "evaluate": ("PROTOCOL|FILE.jsonl", "--data", "--model", "--json", "--report", "--list", "--compare"),
     "embed": ("SOURCE", "--out", "--model"),
 }
 

@@ -1,0 +1,159 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+from dataset_folders import msrvtt_1ka, write_picture
+
+from cots.errors import EvaluationError
+from cots.evaluation.comparison import compare
+from cots.evaluation.evaluate import EvaluationResult, evaluate, measure
+from cots.evaluation.examples import EXAMPLES, RETURNED, pick_examples
+from cots.evaluation.protocols import open_protocol
+from cots.evaluation.report import write_report
+from cots.evaluation.tables import as_markdown, as_text, list_protocols
+from cots.model.retrieval_model import RetrievalModel
+
+
+@pytest.fixture
+def photos(tmp_path: Path, tiny_model: RetrievalModel) -> EvaluationResult:
+    """Thirty pictures with two captions each, one of them damaged."""
+    rows = []
+    for number in range(30):
+        name = write_picture(tmp_path / "photos" / f"{number:02}.png", number).name
+        rows.append({"image": name, "captions": [f"a dog & {'x' * (number % 5)} {number}", f"<b>cat</b> {number}"]})
+    (tmp_path / "photos" / "07.png").write_bytes(b"")
+    (tmp_path / "photos" / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return evaluate(tmp_path / "photos" / "pairs.jsonl", tiny_model, max_bad_share=0.1)
+
+
+def test_examples_are_the_worst_and_the_best_queries(photos: EvaluationResult) -> None:
+    for direction, ranking in photos.rankings.items():
+        worst, best = pick_examples(photos, direction)
+        readable = [rank for rank in ranking.ranks.tolist() if rank]
+        assert worst[0].rank <= max(readable)
+        assert [example.rank for example in worst] == sorted((example.rank for example in worst), reverse=True)
+        assert all(example.rank == 1 for example in best)
+        assert len(worst) == EXAMPLES
+        for example in (*worst, *best):
+            assert example.item != 7  # unreadable: nothing to show, and no fault of the model's
+            assert example.wanted.is_relevant
+            scores = [answer.score for answer in example.returned]
+            assert scores == sorted(scores, reverse=True)
+            assert len(scores) == RETURNED
+            shown = [answer.is_relevant for answer in example.returned]
+            if example.rank <= RETURNED:
+                assert shown.index(True) + 1 == example.rank
+            else:
+                assert not any(shown)
+        assert len({example.item for example in worst}) == EXAMPLES
+
+
+def test_the_page_stands_alone(photos: EvaluationResult, tmp_path: Path) -> None:
+    document = photos.to_json(resamples=50)
+    page = write_report(photos, document, tmp_path / "report").read_text()
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"index.html", "report.md", "report.json"}
+    sources = re.findall(r'(?:src|href)="([^"]{0,40})', page)
+    assert sources
+    assert all(source.startswith("data:image/webp;base64,") for source in sources)
+    assert "<script" not in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert "&lt;b&gt;cat&lt;/b&gt;" in page or "a dog &amp;" in page
+    assert "<b>cat</b>" not in page
+    assert "07.png: the file is empty" in page
+    assert "uses the whole test set" in page
+    for direction in ("text_to_image", "image_to_text"):
+        assert f"{document[direction]['R@1']:.1f}" in page
+    counts = [int(count) for count in re.findall(r'class="count"[^>]*>(\d+)<', page)]
+    assert sum(counts) == 60 + 30  # every query stands in a bar of the two histograms
+
+
+def test_published_rows_stand_beside_a_protocols_result(tmp_path: Path, tiny_model: RetrievalModel) -> None:
+    protocol = msrvtt_1ka(tmp_path)
+    result = measure(open_protocol(protocol, tmp_path), tiny_model)
+    document = result.to_json(resamples=50)
+    page = write_report(result, document, tmp_path / "report").read_text()
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    for text in (page, markdown):
+        assert "MSR-VTT, 1k-A" in text
+        assert "12 frames each" in text
+        assert "recalled, not re-checked" in text
+        assert "zero-shot" in text
+        assert "fine-tuned, re-ranked" in text
+
+
+def test_the_tables_hold_every_figure(photos: EvaluationResult) -> None:
+    document = photos.to_json(resamples=50)
+    for text in (as_text(document), as_markdown(document)):
+        for direction in ("text_to_image", "image_to_text"):
+            for name, value in document[direction].items():
+                low, high = document["intervals"][direction][name]
+                assert f"{value:.1f} [{low:.1f}, {high:.1f}]" in text
+        assert f"RSum {document['RSum']:.1f}" in text
+        assert "uses the whole test set" in text
+
+
+def test_the_list_of_protocols_marks_settings_and_recalled_figures() -> None:
+    listed = list_protocols()
+    for name in ("flickr30k_1k", "msrvtt_1ka", "activitynet", "a training list", "recalled, not re-checked"):
+        assert name in listed
+    for model in ("COTS", "CLIP4Clip", "X-CLIP", "CLIP-ViP", "SigLIP 2", "PE core", "InternVideo2"):
+        assert model in listed
+
+
+def test_a_comparison_of_two_models(
+    photos: EvaluationResult, tmp_path: Path, tiny_model: RetrievalModel, other_model: RetrievalModel
+) -> None:
+    file = tmp_path / "photos" / "pairs.jsonl"
+    for name, model in (("a", tiny_model), ("b", other_model)):
+        document = evaluate(file, model, max_bad_share=0.1).to_json(resamples=50)
+        (tmp_path / f"{name}.json").write_text(json.dumps(document))
+    differences, rsum = compare(tmp_path / "a.json", tmp_path / "b.json")
+    before, after = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
+    for direction in ("text_to_image", "image_to_text"):
+        for name in ("R@1", "R@5", "R@10", "MedR", "MeanR"):
+            one = differences[direction][name]
+            assert one.value == pytest.approx(after[direction][name] - before[direction][name])
+            assert one.interval[0] <= one.value <= one.interval[1]
+            assert 0 <= one.p_value <= 1
+    assert rsum.value == pytest.approx(after["RSum"] - before["RSum"])
+    same, _ = compare(tmp_path / "a.json", tmp_path / "a.json")
+    assert same["text_to_image"]["R@1"].interval == (0.0, 0.0)
+
+
+def test_results_that_cannot_be_compared(photos: EvaluationResult, tmp_path: Path, tiny_model: RetrievalModel) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(photos.to_json(resamples=10)))
+    rows = (tmp_path / "photos" / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "photos" / "fewer.jsonl").write_text("".join(rows[10:]))
+    fewer = evaluate(tmp_path / "photos" / "fewer.jsonl", tiny_model).to_json(resamples=10)
+    (tmp_path / "fewer.json").write_text(json.dumps(fewer))
+    with pytest.raises(EvaluationError, match="not about the same captions"):
+        compare(tmp_path / "a.json", tmp_path / "fewer.json")
+    (tmp_path / "other.json").write_text('{"R@1": 5}')
+    with pytest.raises(EvaluationError, match=r"other\.json is no result"):
+        compare(tmp_path / "a.json", tmp_path / "other.json")
+    (tmp_path / "other.json").write_text("no")
+    with pytest.raises(EvaluationError, match="is not JSON"):
+        compare(tmp_path / "other.json", tmp_path / "a.json")
+    with pytest.raises(EvaluationError, match="cannot be read"):
+        compare(tmp_path / "none.json", tmp_path / "a.json")
+
+
+def test_a_report_that_cannot_be_written(photos: EvaluationResult, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(EvaluationError, match="cannot be written to"):
+        write_report(photos, photos.to_json(resamples=10), tmp_path / "taken")
+
+
+@pytest.fixture
+def other_model(tiny_model_dir: Path, tmp_path: Path) -> RetrievalModel:
+    """The tiny model with another image projection."""
+    import torch
+
+    from cots.model.model_directory import read_model, save_model
+    from cots.model.pretrained import load_model
+
+    encoder, tokenizer, _ = read_model(tiny_model_dir)
+    torch.nn.init.normal_(encoder.image_projection.linear.weight)
+    save_model(tmp_path / "other", encoder, tokenizer)
+    return load_model(str(tmp_path / "other"), device="cpu")
