@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cots.errors import ConfigError
 
+_UNEVEN = "{} {} is no multiple of its {} attention heads"
+
 
 class Settings(BaseModel):
     """Base of all configuration models: unknown keys are errors, field docstrings are descriptions."""
@@ -56,6 +58,12 @@ class ImageTowerConfig(Settings):
     architecture: dict[str, Any] = {}
     """Further arguments of `timm.create_model`, such as `embed_dim` and `depth` of a small ViT."""
 
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "ImageTowerConfig":
+        if self.transformer_width % self.transformer_heads:
+            raise ValueError(_UNEVEN.format("transformer_width", self.transformer_width, self.transformer_heads))
+        return self
+
 
 class TextTowerConfig(Settings):
     name: str = "bert"
@@ -82,6 +90,12 @@ class TextTowerConfig(Settings):
     def _length_fits(self) -> "TextTowerConfig":
         if self.max_length > self.positions:
             raise ValueError(f"max_length {self.max_length} exceeds the {self.positions} positions of the text tower")
+        return self
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "TextTowerConfig":
+        if self.width % self.heads:
+            raise ValueError(_UNEVEN.format("width", self.width, self.heads))
         return self
 
 

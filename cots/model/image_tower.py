@@ -4,6 +4,7 @@ A vision transformer gives its own tokens. A convolutional network's final map i
 followed by transformer blocks with a [CLS] token: the hybrid ViT of Dosovitskiy et al. 2021 (section 3.1).
 """
 
+import difflib
 import math
 from typing import Any
 
@@ -62,7 +63,7 @@ class ImageTower(GridTower):
 
     def layer_depths(self) -> dict[str, int]:
         """As timm groups the trunk's parameters; a network that it does not group is one layer."""
-        if hasattr(self.trunk, "group_matcher"):
+        if getattr(self.trunk, "group_matcher", None):
             depths = group_parameters(self.trunk, self.trunk.group_matcher(coarse=False), reverse=True)
         else:
             depths = {name: 0 for name, _ in self.trunk.named_parameters()}
@@ -131,7 +132,7 @@ def create_trunk(config: ImageTowerConfig, pretrained: bool = False) -> nn.Modul
         ConfigError: timm has no such network, or cannot build it so.
     """
     if not timm.is_model(config.name):
-        nearest = ", ".join(timm.list_models(f"*{config.name[:6]}*")[:3]) or "see timm.list_models()"
+        nearest = ", ".join(difflib.get_close_matches(config.name, timm.list_models(), n=3, cutoff=0.0))
         raise ConfigError(f"timm has no architecture {config.name!r}; similar names: {nearest}.")
     extra = dict(config.architecture)
     if config.name.startswith(("vit", "deit", "eva", "beit")):

@@ -1,0 +1,58 @@
+import pytest
+import timm
+import torch
+
+from cots.config import ImageTowerConfig, ModelConfig, validate_config
+from cots.errors import ConfigError
+from cots.model.image_tower import ImageTower
+
+SMALL = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"name": "vit_tiny_patch16_224", "image_size": 100},
+            r"image_size 100 is no multiple of the 16 px patches .* 96",
+        ),
+        ({"architecture": {**SMALL, "num_heads": 3}}, r"timm cannot build vit_base_patch16_224 with .*divisible"),
+        ({"architecture": {"embed_dimm": 32}}, r"timm cannot build vit_base_patch16_224 with .*embed_dimm"),
+        ({"name": "vit_nonesuch"}, r"timm has no architecture 'vit_nonesuch'; similar names: vit_"),
+        ({"transformer_depth": 1, "architecture": SMALL}, r"is a transformer already; set .*transformer_depth=0"),
+        ({"name": "tf_efficientnet_lite0", "image_size": 64}, r"has no \[CLS\] token; set .*pooling=mean"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_with_what_to_set(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ImageTower(ImageTowerConfig.model_validate(settings))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"text_tower": {"heads": 7}}, "text_tower: .*width 768 is no multiple of its 7 attention heads"),
+        ({"image_tower": {"transformer_heads": 5}}, "transformer_width 384 is no multiple of its 5 attention heads"),
+        ({"text_tower": {"max_length": 40, "positions": 32}}, "max_length 40 exceeds the 32 positions"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(model: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate_config(ModelConfig, model, "a.yaml")
+
+
+def test_the_tokens_are_timms_features() -> None:
+    config = ImageTowerConfig(image_size=32, architecture=SMALL)
+    tower = ImageTower(config).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    features = tower.trunk.forward_features(pixels)
+    output = tower(pixels)
+    assert torch.equal(output.pooled, features[:, 0])
+    assert torch.equal(output.tokens, features[:, 1:])
+
+
+def test_a_network_that_timm_does_not_group_is_one_layer() -> None:
+    trunk = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+    trunk.group_matcher = None
+    tower = ImageTower(ImageTowerConfig(name="tf_efficientnet_lite0", image_size=32, pooling="mean"), trunk=trunk)
+    assert set(tower.layer_depths().values()) == {0}
