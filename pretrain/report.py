@@ -78,7 +78,7 @@ def _page(runs: Sequence[RunLog]) -> str:
         [
             f"<header>{brand}<h1>{escape(title)}</h1>{_subtitle(runs)}</header>",
             _tiles(runs[0]) if len(runs) == 1 else _comparison(runs),
-            _section("Recall on the validation pairs", [*_recall_charts(runs)]),
+            _section("Validation", [*_validation_charts(runs)]),
             *(_section(name, [*_charts(runs, name)]) for name in ("Losses", "Optimisation", "Speed", "Other")),
             _recall_table(runs),
             _settings(runs),
@@ -112,8 +112,12 @@ def _tiles(run: RunLog) -> str:
     best = run.best
     if best is not None:
         source, directions = next(iter(best.results.items()))
+        place = f"on {Path(source).name}"
         for direction, metrics in directions.items():
-            tiles.append((_named(direction).capitalize(), _percent(metrics["R@1"]), f"R@1 on {Path(source).name}"))
+            if "R@1" in metrics:
+                tiles.append((_named(direction).capitalize(), _percent(metrics["R@1"]), f"R@1 {place}"))
+            else:
+                tiles += [(_words(name), _number(value), place) for name, value in metrics.items() if value is not None]
         tiles.append(("Best checkpoint", f"{best.epoch:g}", f"epochs, step {best.step:,}"))
     tiles += [(label, value, note) for label, value, note in _totals(run) if value]
     cells = "".join(
@@ -147,28 +151,37 @@ def _comparison(runs: Sequence[RunLog]) -> str:
     return f'<div class="table"><table>{head}<tbody>{rows}</tbody></table></div>'
 
 
-def _recall_charts(runs: Sequence[RunLog]) -> Iterator[str]:
-    """Of one run R@1, 5 and 10 a source and direction; of several their R@1."""
+def _validation_charts(runs: Sequence[RunLog]) -> Iterator[str]:
+    """Of one run R@1, 5 and 10 a source and direction, of several their R@1; of a tokenizer each of its figures."""
     places = dict.fromkeys(
-        (source, direction)
+        (source, direction, () if "R@1" in metrics else tuple(metrics))
         for run in runs
         for done in run.validated
         for source, results in done.results.items()
-        for direction in results
+        for direction, metrics in results.items()
     )
-    for source, direction in places:
-        series = []
-        for number, run in enumerate(runs):
-            found = [(done.step, done.results[source][direction]) for done in run.validated if source in done.results]
-            for rank, name in enumerate(_RECALLS if len(runs) == 1 else _RECALLS[:1]):
-                points = [(_samples(run, step), metrics[name]) for step, metrics in found]
-                color = f"color-mix(in oklab, var(--c0) {(100, 66, 42)[rank]}%, var(--ground))"
-                series.append(
-                    Series(name, points, color) if len(runs) == 1 else Series(run.name, points, _color(number))
-                )
-        unit = f"{'' if len(runs) == 1 else 'R@1, '}% on {Path(source).name}"
-        title = _named(direction).capitalize()
+    for source, direction, figures in places:
+        where = f"on {Path(source).name}"
+        for name in figures:
+            series = [_validated(run, number, source, direction, name) for number, run in enumerate(runs)]
+            yield Chart(_words(name), where, series, _x_unit(runs), _number).svg()
+        if figures:
+            continue
+        title, unit = _named(direction).capitalize(), f"% {where}"
+        series = [_validated(run, number, source, direction, "R@1") for number, run in enumerate(runs)]
+        if len(runs) == 1:
+            series = [_validated(runs[0], 0, source, direction, name) for name in _RECALLS]
+            for one, name, share in zip(series, _RECALLS, (100, 66, 42)):
+                one.name, one.color = name, f"color-mix(in oklab, var(--c0) {share}%, var(--ground))"
+        else:
+            unit = f"R@1, {unit}"
         yield Chart(title, unit, series, _x_unit(runs), _percent, from_zero=True).svg()
+
+
+def _validated(run: RunLog, number: int, source: str, direction: str, name: str) -> Series:
+    figures = [(done.step, done.results.get(source, {}).get(direction, {}).get(name)) for done in run.validated]
+    points = [(_samples(run, step), value) for step, value in figures if value is not None]
+    return Series(run.name, points, _color(number))
 
 
 def _charts(runs: Sequence[RunLog], section: str) -> Iterator[str]:
@@ -179,17 +192,9 @@ def _charts(runs: Sequence[RunLog], section: str) -> Iterator[str]:
     quantities = dict(_QUANTITIES.get(section, {}))
     free = sorted(logged - known)
     if section == "Losses":
-        quantities |= {
-            name: (name[5:].replace("_", " ").capitalize(), "loss", 1, False, None)
-            for name in free
-            if name.startswith("loss_")
-        }
+        quantities |= {name: (_words(name[5:]), "loss", 1, False, None) for name in free if name.startswith("loss_")}
     if section == "Other":
-        quantities = {
-            name: (name.replace("_", " ").capitalize(), "", 1, False, None)
-            for name in free
-            if not name.startswith("loss_")
-        }
+        quantities = {name: (_words(name), "", 1, False, None) for name in free if not name.startswith("loss_")}
     for name, (title, unit, factor, from_zero, top) in quantities.items():
         if name not in logged:
             continue
@@ -213,6 +218,8 @@ def _recall_table(runs: Sequence[RunLog]) -> str:
     """Recalls at each run's best checkpoint, source by source; the best run's in bold."""
     best = [(number, run, run.best) for number, run in enumerate(runs)]
     found = [(number, run, done) for number, run, done in best if done is not None]
+    if not all("R@1" in metrics for _, _, done in found for part in done.results.values() for metrics in part.values()):
+        return ""
     if not found:
         return ""
     directions = list(next(iter(found[0][2].results.values())))
@@ -304,6 +311,10 @@ def _color(number: int) -> str:
 
 def _named(direction: str) -> str:
     return _DIRECTIONS.get(direction, direction.replace("_", " "))
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").capitalize()
 
 
 def _samples(run: RunLog, step: float) -> float:

@@ -13,11 +13,19 @@ from pretrain.validation import Metrics, criterion
 
 @dataclass
 class Validated:
-    """Recalls after a step: {source: {direction: metrics}}."""
+    """Figures after a step: {source: {direction: metrics}}; a tokenizer's have one direction, `reconstruction`."""
 
     step: int
     epoch: float
     results: dict[str, Metrics]
+
+    @property
+    def merit(self) -> float:
+        """What the best checkpoint has most of: recall, or faithfulness."""
+        figures = [metrics for directions in self.results.values() for metrics in directions.values()]
+        if all("R@1" in metrics for metrics in figures):
+            return criterion(self.results)
+        return -sum(metrics["reconstruction_error"] for metrics in figures)
 
 
 @dataclass
@@ -55,7 +63,7 @@ class RunLog:
     @property
     def best(self) -> Validated | None:
         """The validation that the best checkpoint was chosen by."""
-        return max(self.validated, key=lambda done: criterion(done.results), default=None)
+        return max(self.validated, key=lambda done: done.merit, default=None)
 
     def points(self, name: str) -> list[tuple[float, float]]:
         """(step, value) of a scalar, where it is a number."""

@@ -90,6 +90,21 @@ def test_several_runs_lie_over_each_other_and_only_settings_that_differ_are_list
     assert "training.seed" not in text
 
 
+def test_the_training_of_a_tokenizer_has_its_own_figures(tmp_path: Path) -> None:
+    rows = [
+        {
+            "step": step,
+            "epoch": step,
+            "validation": {"val.tar": {"reconstruction": {"reconstruction_error": error, "psnr": None}}},
+        }
+        for step, error in ((1, 0.5), (2, 0.2), (3, 0.3))
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report([tmp_path])
+    assert "Reconstruction error" in _outline(page).titles
+    assert "epochs, step 2<" in page.read_text(encoding="utf-8")
+
+
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     runs = read_runs([_write_run(tmp_path / folder / "run", (1.0,)) for folder in ("a", "b")])
     assert [run.name for run in runs] == ["a/run", "b/run"]
