@@ -26,9 +26,10 @@ from cots.data.image_io import open_image
 from cots.data.media_kind import HEADER_BYTES, sniff
 from cots.data.samples import Sample, iter_samples
 from cots.data.shards import MEMBER_SEPARATOR, TarIndex, read_captions
-from cots.data.transforms import SquareTransform, TrainingTransform
+from cots.data.square_transform import SquareTransform
+from cots.data.transforms import TrainingTransform
 from cots.errors import MediaError, SourceError, TrainingError
-from cots.model.text_tower import WordPieceTokenizer
+from cots.model.caption_tokenizer import CaptionTokenizer
 
 _SUBSTITUTES = 16
 CLIP_FRAMES = 4
@@ -165,7 +166,7 @@ class TrainingPairs(Dataset[tuple[Any, ...]]):
     def __init__(
         self,
         sources: Sequence[PairSource],
-        tokenizer: WordPieceTokenizer,
+        tokenizer: CaptionTokenizer,
         transform: TrainingTransform,
         captions_per_item: int,
         frames_per_item: int,
@@ -283,7 +284,7 @@ def epoch_order(lengths: Sequence[int], weights: Sequence[float], seed: int, epo
 def training_loader(
     sources: Sequence[PairSource],
     config: DataConfig,
-    tokenizer: WordPieceTokenizer,
+    tokenizer: CaptionTokenizer,
     image_size: int,
     sampler: StepSampler,
     *,

@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from cots.config import DataConfig
 from cots.data.device_augmentation import DRAWS, DeviceAugmentation
-from cots.data.transforms import SquareTransform, mentions_side
+from cots.data.square_transform import SquareTransform
+from cots.data.transforms import mentions_side
 from cots.errors import MediaError, SourceError
-from cots.model.text_tower import WordPieceTokenizer
+from cots.model.caption_tokenizer import CaptionTokenizer
 from pretrain.loader import CLIP_FRAMES, Batch, PairSource, StepSampler
 
 _CAPTIONS = 16  # of an item take part in the draw
@@ -39,7 +40,7 @@ class PixelCache:
     def __init__(
         self,
         sources: Sequence[PairSource],
-        tokenizer: WordPieceTokenizer,
+        tokenizer: CaptionTokenizer,
         side: int,
         workers: int,
         device: torch.device,

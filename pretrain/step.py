@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from cots.config import PretrainConfig
 from cots.data.masking import HiddenWords, hide_patches, hide_words
 from cots.data.transforms import ColorJitter
+from cots.model.caption_tokenizer import CaptionTokenizer
 from cots.model.dual_encoder import DualEncoder
-from cots.model.text_tower import WordPieceTokenizer
 from cots.model.visual_tokenizer import VisualTokenizer
 from cots.objectives.collaborative import CollaborativeObjective
 from cots.objectives.gathering import gather
@@ -43,7 +43,7 @@ class TrainingStep:
         objective: CollaborativeObjective,
         config: PretrainConfig,
         ranks: Ranks,
-        tokenizer: WordPieceTokenizer,
+        tokenizer: CaptionTokenizer,
         visual_tokenizer: VisualTokenizer | None,
     ) -> None:
         training = config.training

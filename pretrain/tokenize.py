@@ -31,7 +31,7 @@ from torch import Tensor
 from cots.data.image_io import open_image
 from cots.data.media_kind import HEADER_BYTES, MEDIA_EXTENSIONS, sniff
 from cots.data.shards import MEMBER_SEPARATOR, TarIndex
-from cots.data.transforms import SquareTransform
+from cots.data.square_transform import SquareTransform
 from cots.data.visual_tokens import MOST_CODES, pack_tokens, tokens_extension
 from cots.errors import CotsError, MediaError, SourceError
 from cots.model.visual_tokenizer import VisualTokenizer, load_visual_tokenizer

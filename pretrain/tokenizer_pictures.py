@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cots.data.device_augmentation import DRAWS
-from cots.data.transforms import SquareTransform
+from cots.data.square_transform import SquareTransform
 from cots.errors import MediaError, MissingDependency, TrainingError
 from pretrain.loader import CLIP_FRAMES, PairSource, StepSampler, name_of
 from pretrain.pixel_cache import uniform_draws

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from cots.config import PretrainConfig
-from cots.data.transforms import SquareTransform
+from cots.data.square_transform import SquareTransform
 from cots.errors import ConfigError, TrainingError
 from cots.model.model_directory import save_model
 from cots.model.visual_tokenizer import VisualTokenizer, load_visual_tokenizer

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from cots.config import SourceConfig
-from cots.data.transforms import SquareTransform
+from cots.data.square_transform import SquareTransform
 from cots.errors import ConfigError
 from cots.evaluation.metrics import recall_sum, retrieval_metrics
+from cots.model.caption_tokenizer import CaptionTokenizer
 from cots.model.dual_encoder import DualEncoder
-from cots.model.text_tower import WordPieceTokenizer
 from pretrain.loader import ValidationFrames, captions_of, open_source
 
 Metrics = dict[str, dict[str, float]]
@@ -42,7 +42,7 @@ class Validation:
     """
 
     def __init__(
-        self, sources: Sequence[SourceConfig], tokenizer: WordPieceTokenizer, transform: SquareTransform, workers: int
+        self, sources: Sequence[SourceConfig], tokenizer: CaptionTokenizer, transform: SquareTransform, workers: int
     ) -> None:
         self._sets: list[_ValidationSet] = []
         for config in sources:

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from cots.config import ModelConfig
+from cots.model.caption_tokenizer import WordPieceTokenizer
 from cots.model.dual_encoder import DualEncoder
 from cots.model.model_directory import save_model
 from cots.model.pretrained import load_model
 from cots.model.retrieval_model import RetrievalModel
-from cots.model.text_tower import WordPieceTokenizer
 
 _VOCABULARY = """
 a an the of in on with and is are at to man woman child dog cat bird boat car truck red blue green yellow black

@@ -12,9 +12,6 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from cots.config import AugmentationConfig
-from cots.data.square_transform import SquareTransform
-
-__all__ = ["ColorJitter", "SquareTransform", "TrainingTransform", "mentions_side"]
 
 _SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 

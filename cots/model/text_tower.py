@@ -4,10 +4,7 @@ from torch import Tensor
 
 from cots.config import TextTowerConfig
 from cots.model.bert import PAD, Bert
-from cots.model.caption_tokenizer import WordPieceTokenizer
 from cots.model.tower import TowerOutput, WordTower
-
-__all__ = ["TextTower", "WordPieceTokenizer"]
 
 
 class TextTower(WordTower):

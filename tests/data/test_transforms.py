@@ -6,7 +6,8 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from cots.config import AugmentationConfig
-from cots.data.transforms import ColorJitter, SquareTransform, TrainingTransform
+from cots.data.square_transform import SquareTransform
+from cots.data.transforms import ColorJitter, TrainingTransform
 
 SIZES = [(320, 240), (240, 320), (64, 64), (65, 64), (33, 200), (1000, 37), (63, 1)]
 MODES = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}

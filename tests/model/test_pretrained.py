@@ -9,11 +9,11 @@ from PIL import Image
 
 from cots.config import ModelConfig
 from cots.errors import ModelError
+from cots.model.caption_tokenizer import WordPieceTokenizer
 from cots.model.dual_encoder import DualEncoder
 from cots.model.model_directory import read_model, save_model
 from cots.model.pretrained import load_model
 from cots.model.retrieval_model import RetrievalModel
-from cots.model.text_tower import WordPieceTokenizer
 
 
 def test_embeddings_are_unit_vectors_of_the_models_dimension(tiny_model: RetrievalModel) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from cots.config import DataConfig, SourceConfig
 from cots.errors import SourceError, TrainingError
-from cots.model.text_tower import WordPieceTokenizer
+from cots.model.caption_tokenizer import WordPieceTokenizer
 from pretrain.loader import Batch, StepSampler, epoch_order, open_source, steps_per_epoch, training_loader
 
 LENGTHS, WEIGHTS = (10, 7, 4), (1.0, 2.5, 0.5)

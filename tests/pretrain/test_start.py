@@ -10,10 +10,10 @@ from transformers import BertConfig, BertForMaskedLM
 
 from cots.config import ModelConfig, PretrainConfig
 from cots.errors import ConfigError, ModelError
+from cots.model.caption_tokenizer import WordPieceTokenizer
 from cots.model.clip_tokenizer import ClipTokenizer
 from cots.model.dual_encoder import DualEncoder
 from cots.model.model_directory import save_model
-from cots.model.text_tower import WordPieceTokenizer
 from pretrain.start import starting_encoder, starting_tokenizer
 
 MakeConfig = Callable[..., PretrainConfig]

@@ -10,7 +10,7 @@ import torch
 from cots.config import SourceConfig
 from cots.data.image_io import open_image
 from cots.data.shards import TarIndex
-from cots.data.transforms import SquareTransform
+from cots.data.square_transform import SquareTransform
 from cots.data.visual_tokens import stored_tokens
 from cots.errors import SourceError
 from cots.model.visual_tokenizer import VisualTokenizer, load_visual_tokenizer, save_visual_tokenizer
