@@ -13,7 +13,7 @@ from cots.evaluation.tables import FIGURES, directions_of, headline, kind_of, no
 _STYLE = Path(__file__).with_name("report.css")
 
 # The last rank of each bar of the histogram; the last bar takes all beyond.
-_BARS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+_BARS = (1, 2, 5, 10, 20, 50, 100, 500)
 _BRAND = (
     '<svg viewBox="0 0 34 22" aria-hidden="true"><circle cx="11" cy="11" r="9.5"/><circle cx="23" cy="11" r="9.5"/>'
     '<path d="M17 3.64a9.5 9.5 0 0 1 0 14.72a9.5 9.5 0 0 1 0-14.72z"/></svg>'
@@ -33,7 +33,7 @@ def render(document: dict[str, Any], examples: Mapping[str, Examples], pictures:
         names: of the items.
     """
     protocol = PROTOCOLS.get(document["protocol"])
-    title = protocol.title if protocol else document["protocol"].rpartition("/")[2]
+    title = protocol.title if protocol else "/".join(Path(document["protocol"]).parts[-2:])
     directions = directions_of(document)
     by_words = "".join(
         _queries(heading, part, pictures)
@@ -54,6 +54,7 @@ def render(document: dict[str, Any], examples: Mapping[str, Examples], pictures:
         '<p class="hint">Outlined: relevant. Below a picture: its score.</p>',
         by_words,
         f"<h2>{spoken(directions[1]).capitalize()}</h2>",
+        '<p class="hint">Marked: relevant.</p>',
         by_item,
         _normalised(document),
         _published(document),
@@ -136,7 +137,7 @@ def _rank(example: Example) -> str:
 def _picture(item: int, pictures: Pictures, caption: str = "", hit: bool = False, alt: str = "") -> str:
     source = pictures.get(item)
     inside = (
-        f'<img class="picture" src="{source}" alt="{escape(alt)}" loading="lazy">'
+        f'<img class="picture" src="{source}" alt="{escape(alt)}">'
         if source
         else '<span class="picture none">no picture</span>'
     )
@@ -203,14 +204,12 @@ def _published(document: dict[str, Any]) -> str:
     forth, back = directions_of(document)
     own = [document[forth][f"R@{k}"] for k in (1, 5, 10)] + [document[back]["R@1"]]
     cells = "".join(f"<td>{value:.1f}</td>" for value in own)
-    mine = (
-        f'<tr class="own"><td>{escape(document["model"])}</td><td></td>{cells}<td class="source">this report</td></tr>'
-    )
+    mine = f'<tr class="own"><td>{escape(document["model"])}</td><td></td>{cells}<td class="text source">this report</td></tr>'
     header = ["", "setting", "R@1", "R@5", "R@10", f"{spoken(back)} R@1", "source"]
     return (
         "<h2>Published on this protocol</h2>"
         '<p class="hint">Compare within a setting: zero-shot and fine-tuned figures answer different questions.</p>'
-        + _table(header, [mine, *map(_reference, rows)])
+        + f'<div class="published">{_table(header, [mine, *map(_reference, rows)])}</div>'
     )
 
 
