@@ -126,6 +126,12 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 take()
                 torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - begun)
+            if arguments.profile:
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                    take()
+                    torch.cuda.synchronize()
+                table = profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=40)
+                arguments.profile.write_text(table)
         middle = statistics.median(seconds)
         return {
             "name": name,
@@ -147,11 +153,11 @@ def from_disk(arguments: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         overrides = [
             *_common(arguments, scratch),
-            f"data.train=[{{path: '{arguments.shards}'}}]",
+            f"data.train=[{{path: '{arguments.shards}', weight: 4}}]",
             "data.validation=[]",
             f"data.workers={arguments.workers}",
             f"training.output={scratch}/run",
-            "training.epochs=6",
+            "training.epochs=4",
             "training.log_every=8",
         ]
         command = [sys.executable, "-m", "pretrain", str(arguments.config), *overrides]
@@ -181,6 +187,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--only", nargs="*", choices=list(ROWS), help="rows to measure, by default all")
     parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)
+    parser.add_argument("--profile", type=Path, help="write the kernels of one step here, by their time")
     parser.add_argument("--out", type=Path, default=Path("train_throughput.jsonl"))
     arguments = parser.parse_args()
     if arguments.row or (arguments.only and len(arguments.only) == 1):
@@ -191,7 +198,7 @@ def main() -> None:
             print(_line(row), flush=True)
         return
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, batch {arguments.batch} a GPU", flush=True)
-    for name in arguments.only or ROWS:
+    for name in ROWS if arguments.only is None else arguments.only:
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--row", name], check=False)
     if arguments.shards:
         last = from_disk(arguments)

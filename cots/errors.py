@@ -51,4 +51,8 @@ class MissingDependency(CotsError):
     """An optional package that a command needs and that is not installed."""
 
     def __init__(self, package: str, install: str) -> None:
-        super().__init__(f"{package} is not installed; install it with: {install}")
+        super().__init__(package, install)  # what it is made anew from when it comes out of another process
+
+    def __str__(self) -> str:
+        package, install = self.args
+        return f"{package} is not installed; install it with: {install}"

@@ -80,6 +80,8 @@ def refuse_other_training(path: Path, before: dict[str, Any], now: dict[str, Any
     Raises:
         ConfigError: a setting that the weights, averages or the order of the samples hang on is another one.
     """
+    if before.keys() != now.keys():
+        raise ConfigError(f"{path} is of another kind of training; start a new training.output.")
     for section, free in _FREE_ON_RESUMING.items():
         for name in before[section] | now[section]:
             if name not in free and before[section].get(name) != now[section].get(name):

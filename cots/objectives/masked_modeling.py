@@ -39,9 +39,12 @@ class MaskedModelingHead(nn.Module):
     def __init__(self, width: int, dimension: int, classes: int, *, tied: bool) -> None:
         super().__init__()
         self.partner = nn.Linear(dimension, width)
-        self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+        norm = nn.LayerNorm(width)
+        self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), norm)
         self.decoder = None if tied else nn.Linear(width, classes, bias=False)
         self.bias = nn.Parameter(torch.zeros(classes))
+        # an untrained head speaks softly: its gradient would shake the towers more than the other levels teach them
+        nn.init.constant_(norm.weight, 0.1)
         nn.init.normal_(self.partner.weight, std=0.02)
         nn.init.zeros_(self.partner.bias)
         if self.decoder is not None:
@@ -63,6 +66,7 @@ class MaskedModelingHead(nn.Module):
         dtype = self.bias.dtype
         hidden = self.transform(hidden.to(dtype) + self.partner(partner.to(dtype))[:, None])
         weight = tied_weight if self.decoder is None else self.decoder.weight
+        assert weight is not None
         logits = F.linear(hidden, weight, self.bias).float()
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
         counted = targets != IGNORED

@@ -1,0 +1,173 @@
+"""What each level of the objective brings: every arm from the same start, on the same number of samples, several seeds.
+
+    python benchmarks/ablation.py --gpus 0 1 --per-gpu 3 --seeds 0 1 2 --out ablation.jsonl
+    python benchmarks/ablation.py --table ablation.jsonl
+
+An arm is configs/ablation.yaml with some settings changed; arms that end in `, noisy` see shards in which a fifth of
+all captions are exchanged between pictures. Recall is that of the averaged weights after the last step: no checkpoint
+is chosen, so validation pairs play no part in an arm. Runs that are in the output file already are not repeated.
+"""
+
+import argparse
+import io
+import json
+import os
+import queue
+import statistics
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CONFIG = Path(__file__).parents[1] / "configs" / "ablation.yaml"
+QUEUES = ["objective.contrastive.queue_size=12800"]
+TOKENS = [
+    "objective.masked_modeling.image_weight=0.1",
+    "objective.masked_modeling.text_weight=0.1",
+]
+ALIGNMENT = ["objective.task_alignment.weight=0.5"]
+FILTER = ["objective.noise_filter.queue_size=6000"]
+ARMS: dict[str, list[str]] = {
+    "contrastive only": [],
+    "+ momentum queues": QUEUES,
+    "+ masked modelling": TOKENS,
+    "+ task alignment": ALIGNMENT,
+    "+ noise filter": FILTER,
+    "all together": [*QUEUES, *TOKENS, *ALIGNMENT, *FILTER],
+}
+NOISE = 0.2
+SHARDS = Path("data/flickr8k")
+
+
+def write_noisy_shards(shards: Iterable[Path], out: Path, share: float, seed: int = 0) -> None:
+    """Copy webdataset shards with `share` of all captions exchanged between items, none left in its place."""
+    out.mkdir(parents=True, exist_ok=True)
+    members = {shard: _members(shard) for shard in shards}
+    captions: list[tuple[Path, str, int]] = [
+        (shard, name, place)
+        for shard, files in members.items()
+        for name, content in files.items()
+        if name.endswith(".json")
+        for place in range(len(json.loads(content)["captions"]))
+    ]
+    random = np.random.default_rng(seed)
+    chosen = [captions[index] for index in random.permutation(len(captions))[: round(share * len(captions))]]
+    documents = {(shard, name): json.loads(members[shard][name]) for shard, name, _ in captions}
+    texts = [documents[shard, name]["captions"][place] for shard, name, place in chosen]
+    for (shard, name, place), text in zip(chosen, texts[1:] + texts[:1]):
+        documents[shard, name]["captions"][place] = text
+    for shard, files in members.items():
+        with tarfile.open(out / shard.name, "w") as tar:
+            for name, content in files.items():
+                document = documents.get((shard, name))
+                content = json.dumps(document).encode() if document else content
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def run(name: str, overrides: list[str], seed: int, gpu: str, runs: Path, config: Path) -> dict[str, Any]:
+    """Train one arm with one seed, and read its last validation."""
+    directory = runs / f"{name.replace(' ', '_').replace('+', 'plus').replace(',', '')}_{seed}"
+    command = [sys.executable, "-m", "pretrain", str(config), *overrides]
+    command += [f"training.seed={seed}", f"training.output={directory}"]
+    started = time.perf_counter()
+    done = subprocess.run(
+        command, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        return {"arm": name, "seed": seed, "error": done.stderr[-600:]}
+    rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    metrics = next(iter(rows[-1]["validation"].values()))
+    steps = [row for row in rows if "loss" in row]
+    return {
+        "arm": name,
+        "seed": seed,
+        "overrides": overrides,
+        "seconds": round(time.perf_counter() - started, 1),
+        "pairs_per_second": round(statistics.median(row["pairs_per_second"] for row in steps), 1),
+        "filter_kept": steps[-1].get("filter_kept"),
+        **{f"{way}/{metric}": metrics[way][metric] for way in metrics for metric in ("R@1", "R@5", "R@10")},
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation over the seeds, as Markdown."""
+    ways = ("text_to_image", "image_to_text")
+    header = [f"{way.replace('_', ' ')} {metric}" for way in ways for metric in ("R@1", "R@5", "R@10")]
+    lines = ["| arm | seeds | " + " | ".join(header) + " |", "|---" * (len(header) + 2) + "|"]
+    for name in dict.fromkeys(result["arm"] for result in results):
+        own = [result for result in results if result["arm"] == name and "error" not in result]
+        cells = []
+        for way in ways:
+            for metric in ("R@1", "R@5", "R@10"):
+                values = [result[f"{way}/{metric}"] for result in own]
+                spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "failed")
+        lines.append(f"| {name} | {len(own)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="*", help="by default all; `, noisy` may be added to a name")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--gpus", nargs="*", default=["0"])
+    parser.add_argument("--per-gpu", type=int, default=2, help="runs that share a GPU")
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--set", nargs="*", default=[], help="settings changed in every arm")
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--out", type=Path, default=Path("ablation.jsonl"))
+    parser.add_argument("--table", type=Path, help="only print the table of this file")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table([json.loads(line) for line in arguments.table.read_text().splitlines()]))
+        return
+    names = arguments.arms or [*ARMS, "contrastive only, noisy", "+ noise filter, noisy", "all together, noisy"]
+    if any(name.endswith(", noisy") for name in names):
+        write_noisy_shards(sorted(SHARDS.glob("train-*.tar")), arguments.runs / "noisy", NOISE)
+    done = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
+    known = {(result["arm"], result["seed"]) for result in done}
+    work: queue.Queue[tuple[str, int]] = queue.Queue()
+    for seed in arguments.seeds:
+        for name in names:
+            if (name, seed) not in known:
+                work.put((name, seed))
+    lock = threading.Lock()
+
+    def serve(gpu: str) -> None:
+        while True:
+            try:
+                name, seed = work.get_nowait()
+            except queue.Empty:
+                return
+            overrides = [*ARMS[name.removesuffix(", noisy")], *arguments.set]
+            if name.endswith(", noisy"):
+                overrides.append(f"data.train=[{{path: '{arguments.runs}/noisy/train-*.tar'}}]")
+            result = run(name, overrides, seed, gpu, arguments.runs, arguments.config)
+            with lock, arguments.out.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+                done.append(result)
+
+    threads = [threading.Thread(target=serve, args=(gpu,)) for gpu in arguments.gpus for _ in range(arguments.per_gpu)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print(table(done))
+
+
+def _members(shard: Path) -> dict[str, bytes]:
+    with tarfile.open(shard) as tar:
+        files = ((member.name, tar.extractfile(member)) for member in tar if member.isfile())
+        return {name: file.read() for name, file in files if file is not None}
+
+
+if __name__ == "__main__":
+    main()
