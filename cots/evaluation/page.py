@@ -204,7 +204,8 @@ def _published(document: dict[str, Any]) -> str:
     forth, back = directions_of(document)
     own = [document[forth][f"R@{k}"] for k in (1, 5, 10)] + [document[back]["R@1"]]
     cells = "".join(f"<td>{value:.1f}</td>" for value in own)
-    mine = f'<tr class="own"><td>{escape(document["model"])}</td><td></td>{cells}<td class="text source">this report</td></tr>'
+    model = escape(document["model"])
+    mine = f'<tr class="own"><td>{model}</td><td></td>{cells}<td class="text source">this report</td></tr>'
     header = ["", "setting", "R@1", "R@5", "R@10", f"{spoken(back)} R@1", "source"]
     return (
         "<h2>Published on this protocol</h2>"

@@ -34,7 +34,7 @@ class Protocol:
     name, title: what it is called here, and by people.
     kind: of its items.
     items: how many there must be.
-    captions: how many there must be; None where the literature disagrees.
+    captions: how many there must be; None where no copy was at hand to count them.
     files: the annotation files; of each the names that it goes by.
     read: makes captions by id from them.
     media: where the media lie and what they are called.
