@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import write_clip
+from PIL import Image
 from test_faults import assert_one_sentence
 
 from cots.evaluation import protocols
@@ -25,7 +26,9 @@ def msrvtt(tmp_path: Path) -> Path:
     rows = ["key,vid_key,video_id,sentence"]
     for number in range(7020, 7032):
         rows.append(f"ret,msr{number},video{number},a person does number {number}")
-        write_clip(folder / "videos" / f"video{number}.mp4", 2, seed=number)
+        noise = np.random.default_rng(number).integers(0, 256, (3, 48, 64, 3), np.uint8)
+        frames = [Image.fromarray(picture) for picture in noise]
+        frames[0].save(folder / "videos" / f"video{number}.gif", save_all=True, append_images=frames[1:], duration=500)
     (folder / LIST).write_text("\n".join(rows) + "\n")
     return folder
 
@@ -65,7 +68,7 @@ def test_a_protocol_runs_to_the_end(
     arguments = ("evaluate", "msrvtt_1ka", "--data", msrvtt, "--model", tiny_model_dir, "--json", "-")
     document = cots(*arguments).document
     assert (document["videos"], document["captions"], document["frames"]) == (12, 12, 12)
-    (msrvtt / "videos" / "video7025.mp4").write_bytes(b"not a video")
+    (msrvtt / "videos" / "video7025.gif").write_bytes(b"not a video")
     assert_one_sentence(cots(*arguments), "1 of 12 items of msrvtt_1ka cannot be read.*video7025")
     outcome = cots(*arguments, "--max-failures", 0.1)
     assert [one["path"] for one in outcome.document["decode_failures"]] == ["video7025"]
