@@ -30,6 +30,7 @@ class ImageTower(GridTower):
         self.freeze_norms = config.freeze_norms
         self.pooling = config.pooling
         self.prefix = getattr(self.trunk, "num_prefix_tokens", 0)
+        self.channels_last = getattr(self.trunk, "output_fmt", "NCHW") == "NHWC"  # Swin's maps
         sample = self._sample(config.image_size)
         self.convolutional = sample.ndim == 4
         if not self.convolutional and config.transformer_depth:
@@ -87,8 +88,9 @@ class ImageTower(GridTower):
         return features
 
     def _features(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, N, C) of a transformer, (B, C, H, W) of a convolutional network."""
-        return self.trunk.forward_features(pixels)
+        """(B, 3, S, S) -> (B, N, C) of a transformer, (B, C, H, W) of one that gives a map."""
+        features = self.trunk.forward_features(pixels)
+        return features.permute(0, 3, 1, 2) if self.channels_last else features
 
 
 class HybridBlocks(nn.Module):

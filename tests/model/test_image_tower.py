@@ -56,3 +56,13 @@ def test_a_network_that_timm_does_not_group_is_one_layer() -> None:
     trunk.group_matcher = None
     tower = ImageTower(ImageTowerConfig(name="tf_efficientnet_lite0", image_size=32, pooling="mean"), trunk=trunk)
     assert set(tower.layer_depths().values()) == {0}
+
+
+def test_a_map_with_channels_last_gives_the_same_kind_of_tokens() -> None:
+    shape = {"img_size": 32, "window_size": 2, "embed_dim": 12, "depths": (1, 1), "num_heads": (1, 1)}
+    config = ImageTowerConfig(name="swin_tiny_patch4_window7_224", image_size=32, pooling="mean", architecture=shape)
+    tower = ImageTower(config).eval()
+    assert (tower.grid, tower.stride, tower.width) == (4, 8, 24)
+    pixels = torch.randn(2, 3, 32, 32)
+    features = tower.trunk.forward_features(pixels)
+    assert torch.equal(tower(pixels).tokens, features.flatten(1, 2))
