@@ -11,13 +11,11 @@ is chosen, so validation pairs play no part in an arm. Runs that are in the outp
 import argparse
 import io
 import json
+import multiprocessing
 import os
-import queue
 import statistics
-import subprocess
 import sys
 import tarfile
-import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -72,17 +70,18 @@ def write_noisy_shards(shards: Iterable[Path], out: Path, share: float, seed: in
                 tar.addfile(info, io.BytesIO(content))
 
 
-def run(name: str, overrides: list[str], seed: int, gpu: str, runs: Path, config: Path) -> dict[str, Any]:
+def run(name: str, overrides: list[str], seed: int, runs: Path, config: Path) -> dict[str, Any]:
     """Train one arm with one seed, and read its last validation."""
+    from cots.config import read_config  # after the worker's GPU is chosen
+    from cots.errors import CotsError
+    from pretrain.trainer import pretrain
+
     directory = runs / f"{name.replace(' ', '_').replace('+', 'plus').replace(',', '')}_{seed}"
-    command = [sys.executable, "-m", "pretrain", str(config), *overrides]
-    command += [f"training.seed={seed}", f"training.output={directory}"]
     started = time.perf_counter()
-    done = subprocess.run(
-        command, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu}, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        return {"arm": name, "seed": seed, "error": done.stderr[-600:]}
+    try:
+        pretrain(read_config(config, [*overrides, f"training.seed={seed}", f"training.output={directory}"]))
+    except (CotsError, RuntimeError) as error:
+        return {"arm": name, "seed": seed, "error": str(error)[-600:]}
     rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
     metrics = next(iter(rows[-1]["validation"].values()))
     steps = [row for row in rows if "loss" in row]
@@ -95,6 +94,17 @@ def run(name: str, overrides: list[str], seed: int, gpu: str, runs: Path, config
         "filter_kept": steps[-1].get("filter_kept"),
         **{f"{way}/{metric}": metrics[way][metric] for way in metrics for metric in ("R@1", "R@5", "R@10")},
     }
+
+
+def serve(gpu: str, jobs: Any, results: Any, runs: Path, config: Path) -> None:
+    """A worker process: one arm after another on its GPU. What CUDA's libraries prepare for a network's shapes, a
+    minute's work for a convolutional one, is then done once."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    runs.mkdir(parents=True, exist_ok=True)
+    sys.stderr = (runs / f"worker-{os.getpid()}.log").open("w", buffering=1)
+    while (job := jobs.get()) is not None:
+        name, overrides, seed = job
+        results.put({"gpu": gpu, **run(name, overrides, seed, runs, config)})
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -134,32 +144,31 @@ def main() -> None:
         write_noisy_shards(sorted(SHARDS.glob("train-*.tar")), arguments.runs / "noisy", NOISE)
     done = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
     known = {(result["arm"], result["seed"]) for result in done}
-    work: queue.Queue[tuple[str, int]] = queue.Queue()
+    context = multiprocessing.get_context("spawn")
+    jobs, results = context.Queue(), context.Queue()
+    count = 0
     for seed in arguments.seeds:
         for name in names:
             if (name, seed) not in known:
-                work.put((name, seed))
-    lock = threading.Lock()
-
-    def serve(gpu: str) -> None:
-        while True:
-            try:
-                name, seed = work.get_nowait()
-            except queue.Empty:
-                return
-            overrides = [*ARMS[name.removesuffix(", noisy")], *arguments.set]
-            if name.endswith(", noisy"):
-                overrides.append(f"data.train=[{{path: '{arguments.runs}/noisy/train-*.tar'}}]")
-            result = run(name, overrides, seed, gpu, arguments.runs, arguments.config)
-            with lock, arguments.out.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-                done.append(result)
-
-    threads = [threading.Thread(target=serve, args=(gpu,)) for gpu in arguments.gpus for _ in range(arguments.per_gpu)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+                overrides = [*ARMS[name.removesuffix(", noisy")], *arguments.set]
+                if name.endswith(", noisy"):
+                    overrides.append(f"data.train=[{{path: '{arguments.runs}/noisy/train-*.tar'}}]")
+                jobs.put((name, overrides, seed))
+                count += 1
+    workers = [
+        context.Process(target=serve, args=(gpu, jobs, results, arguments.runs, arguments.config))
+        for gpu in arguments.gpus
+        for _ in range(arguments.per_gpu)
+    ]
+    for worker in workers:
+        worker.start()
+        jobs.put(None)
+    for _ in range(count):
+        result = results.get()
+        done.append(result)
+        with arguments.out.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        print(result.get("error") or f"{result['arm']} {result['seed']}: {result['text_to_image/R@1']:.1f}", flush=True)
     print(table(done))
 
 

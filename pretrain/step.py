@@ -1,5 +1,6 @@
 """One step of training, from a batch to updated weights, averages and queues."""
 
+import copy
 import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -99,38 +100,36 @@ class TrainingStep:
 
     def flops_per_pair(self, batch_size: int) -> float:
         """Model FLOPs of a step on `batch_size` items of a rank, divided by them: an item with several captions counts
-        once."""
+        once.
+
+        Counted on a twin without data (the meta device), which takes no kernel and leaves everything as it is.
+        """
         data, model = self.config.data, self.config.model
         size, frames = data.image_size or model.image_tower.image_size, data.frames_per_item
+        meta = torch.device("meta")
+        twin = copy.copy(self)
+        twin.device = meta
+        twin.objective = copy.deepcopy(self.objective).to(meta)
+        twin.visual_tokenizer = copy.deepcopy(self.visual_tokenizer)
+        if twin.visual_tokenizer is not None:
+            twin.visual_tokenizer.to(meta)
+        network, momentum = copy.deepcopy(self.working.network), copy.deepcopy(self.momentum_working.network)
+        for encoder in (network.encoder, momentum):
+            vars(encoder).pop("prepare_pixels", None)  # a compiled one belongs to the encoder it was compiled for
+        network, momentum = network.to(meta), momentum.to(meta)
 
         def take(count: int) -> None:
             shape = (count, frames, 3, size, size) if frames > 1 else (count, 3, size, size)
-            pixels = torch.zeros(shape, dtype=torch.uint8, device=self.device)
-            token_ids = torch.ones(
-                count * data.captions_per_item, model.text_tower.max_length, dtype=torch.int64, device=self.device
-            )
-            self.rehearse(Batch(pixels, token_ids, torch.arange(count, device=self.device)))
+            token_ids = torch.ones(count * data.captions_per_item, model.text_tower.max_length, dtype=torch.int64)
+            batch = Batch(torch.zeros(shape, dtype=torch.uint8), token_ids, torch.arange(count)).to(meta)
+            patches, words = twin.hide(batch.pixels, batch.token_ids)
+            output = network(batch.pixels, batch.token_ids, patches, words)
+            loss = twin.objective(twin.pair_features(output, batch, momentum=momentum)).loss
+            if output.masked_losses is not None:
+                loss = loss + output.masked_losses.mean()
+            loss.backward()
 
         return flops_per_pair(take, batch_size)
-
-    def rehearse(self, batch: Batch) -> None:
-        """The maths of a step in one part and eagerly, without learning: for counting FLOPs.
-
-        In evaluation mode, so that no statistic moves; the random state is left as it was.
-        """
-        state = _random_state(self.device)
-        network = self.working.network
-        network.eval()
-        patches, words = self.hide(batch.pixels, batch.token_ids)
-        output = network(batch.pixels, batch.token_ids, patches, words)
-        loss = self.objective(self.pair_features(output, batch, parts=1)).loss
-        if output.masked_losses is not None:
-            loss = loss + output.masked_losses.mean()
-        loss.backward()
-        network.zero_grad(set_to_none=True)
-        self.objective.zero_grad(set_to_none=True)
-        network.train()
-        _set_random_state(self.device, state)
 
     @property
     def low_precision(self) -> bool:
@@ -189,18 +188,20 @@ class TrainingStep:
             )
         return patches, words
 
-    def pair_features(self, output: NetworkOutput, batch: Batch, parts: int = 1) -> PairFeatures:
+    def pair_features(
+        self, output: NetworkOutput, batch: Batch, parts: int = 1, momentum: DualEncoder | None = None
+    ) -> PairFeatures:
         """An item with several captions becomes as many pairs, its picture encoded once.
 
-        The momentum towers encode the batch in `parts`.
+        The momentum towers (or other ones in their place) encode the batch in `parts`.
         """
+        momentum = self.momentum_working.network if momentum is None else momentum
         captions = len(batch.token_ids) // len(batch.pixels)
         item_ids = batch.item_ids.repeat_interleave(captions)
         image_momentum, text_momentum = output.image.detach(), output.text.detach()
         if self.objective.uses_momentum:
             encoded = [
-                _embeddings(self.momentum_working.network, *part)
-                for part in zip(batch.pixels.chunk(parts), batch.token_ids.chunk(parts))
+                _embeddings(momentum, *part) for part in zip(batch.pixels.chunk(parts), batch.token_ids.chunk(parts))
             ]
             image_momentum, text_momentum = (torch.cat(side) for side in zip(*encoded))
         return PairFeatures(

@@ -36,6 +36,7 @@ from torch.nn import functional as F
 from cots.config import validate_config
 from cots.embedded import EMBEDDED_VISUAL_TOKENIZER
 from cots.errors import ConfigError, ModelError
+from cots.full_precision import full_precision
 from cots.model.model_directory import fingerprint_of, load_weights
 from cots.tokenizer_config import VisualTokenizerConfig
 
@@ -87,7 +88,7 @@ class VisualTokenizer(nn.Module):
         With `straight_through` the decoder sees the code that was drawn, and the gradient is the mixture's.
         """
         features = self.encode(pixels)
-        with torch.autocast(pixels.device.type, enabled=False):
+        with full_precision(pixels.device):
             codes = F.normalize(self.codes.float(), dim=1)
             sharpness = self.log_sharpness.float().exp().clamp(max=_MAX_SHARPNESS)
             log_probabilities = F.log_softmax(sharpness * (features @ codes.T), dim=1)
@@ -132,7 +133,7 @@ class VisualTokenizer(nn.Module):
         if pixels.shape[-2:] != (side, side):
             pixels = F.interpolate(pixels.float(), size=(side, side), mode="bilinear", antialias=True)
         features = self.encode(pixels)
-        with torch.autocast(pixels.device.type, enabled=False):
+        with full_precision(pixels.device):
             codes = F.normalize(self.codes.float(), dim=1).T
             parts = features.split(max(1, _SCORES_AT_ONCE // self.codebook_size))
             nearest = torch.cat([(part @ codes).argmax(dim=1) for part in parts])

@@ -11,6 +11,8 @@ def gather(local: Tensor) -> Tensor:
     """(B, ...) on each rank -> (W*B, ...) in rank order on every rank, without gradient."""
     if not (dist.is_available() and dist.is_initialized()):
         return local.detach()
+    if local.is_meta:  # nothing but a shape, as FLOPs are counted with
+        return torch.cat([local.detach()] * dist.get_world_size())
     parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, local.detach().contiguous())
     return torch.cat(parts)
@@ -41,6 +43,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may share the one that it passes
-        dist.all_reduce(gradient)
+        if not gradient.is_meta:
+            dist.all_reduce(gradient)
         start = rank_offset(context.rows)
         return gradient[start : start + context.rows]

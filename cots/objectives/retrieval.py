@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cots.full_precision import full_precision
 from cots.objectives.feature_queue import FeatureQueue
 from cots.objectives.gathering import gather_with_gradient, rank_offset
 
@@ -58,7 +59,7 @@ class RetrievalTasks:
 
 def retrieval_tasks(batch: PairFeatures, queue: FeatureQueue, temperature: Tensor, in_batch: str) -> RetrievalTasks:
     """Both directions over the queue and, by `in_batch` (see ContrastiveConfig), the other pairs of the batch."""
-    with torch.autocast(batch.image.device.type, enabled=False):
+    with full_precision(batch.image.device):
         texts, images = batch.text_momentum, batch.image_momentum
         if in_batch == "online":
             texts, images = gather_with_gradient(batch.text), gather_with_gradient(batch.image)
