@@ -99,13 +99,33 @@ class TextTowerConfig(Settings):
         return self
 
 
+class TemporalConfig(Settings):
+    """How the embeddings of a clip's frames become one."""
+
+    kind: Literal["none", "transformer"] = "none"
+    """`none`: their mean, as in the paper. `transformer`: the mean plus what a transformer over the frames adds, which
+    is nothing before training; a picture, a clip of one frame, keeps its own embedding."""
+    depth: int = Field(2, ge=1)
+    heads: int = Field(4, ge=1)
+    positions: int = Field(16, ge=2)
+    """Embeddings of the place within a clip, between which those of any number of frames are interpolated."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+
 class ModelConfig(Settings):
     image_tower: ImageTowerConfig = ImageTowerConfig()
     text_tower: TextTowerConfig = TextTowerConfig()
+    temporal: TemporalConfig = TemporalConfig()
     embedding_dim: int = Field(256, ge=8)
     """Dimension of the shared unit sphere."""
     projection: Literal["linear", "mlp"] = "linear"
     """The map from a tower's pooled token to the sphere; `mlp` has one hidden layer and a residual linear path."""
+
+    @model_validator(mode="after")
+    def _temporal_heads_divide_width(self) -> "ModelConfig":
+        if self.temporal.kind == "transformer" and self.embedding_dim % self.temporal.heads:
+            raise ValueError(_UNEVEN.format("embedding_dim", self.embedding_dim, self.temporal.heads))
+        return self
 
 
 class StartConfig(Settings):
@@ -157,8 +177,8 @@ class DataConfig(Settings):
     captions_per_item: int = Field(1, ge=1)
     """Captions drawn for an item each time it is seen."""
     frames_per_item: int = Field(1, ge=1)
-    """Frames drawn from a clip, one in each of as many equal segments, their embeddings pooled. A picture counts as a
-    clip that stands still."""
+    """Frames drawn from a clip, one in each of as many equal segments, their embeddings pooled. A picture is one
+    frame."""
     cache_side: int | None = Field(None, ge=16)
     """Decode every picture once, squashed to a square of this side and kept in memory as uint8, and cut the crops on
     the device: for collections of some ten thousand pictures, where decoding would be the bottleneck."""
