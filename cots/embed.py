@@ -47,8 +47,8 @@ class Embedded:
 
     Attributes:
         sample: what was embedded.
-        vectors: (V, D) float32, unit norm. An image: V = 1. A video: the normalised mean of all frames, then one row
-            a moment.
+        vectors: (V, D) float32, unit norm. An image: V = 1. A video: the model's pooling of all frames, then one row a
+            moment.
         moments: the windows of vectors[1:]; empty for an image.
         content_hash: BLAKE2b of the file's bytes.
         width, height: pixels, upright.
@@ -164,7 +164,7 @@ def embed(
                 yield decoded
 
     for decoded, vectors in _encode(readable(), model, batch_size, stopwatch):
-        embedded = _pool(decoded, vectors)
+        embedded = _pool(decoded, vectors, model)
         if np.isfinite(embedded.vectors).all():
             done += 1
             yield embedded
@@ -360,12 +360,12 @@ def _encode(
             yield from settle()
 
 
-def _pool(decoded: _Decoded, frames: np.ndarray) -> Embedded:
+def _pool(decoded: _Decoded, frames: np.ndarray, model: RetrievalModel) -> Embedded:
     """Frame vectors (F, D) -> the vectors of the sample."""
     vectors: np.ndarray = frames
     moments: tuple[Moment, ...] = ()
     if decoded.duration is not None:
-        vectors, moments = pool_video(frames, np.array(decoded.times), decoded.duration)
+        vectors, moments = pool_video(frames, np.array(decoded.times), decoded.duration, model.pool_frames)
     return Embedded(
         decoded.sample, vectors, moments, decoded.content_hash, decoded.width, decoded.height, decoded.duration
     )

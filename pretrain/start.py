@@ -21,6 +21,7 @@ from cots.model.open_clip_architecture import OPEN_CLIP
 from cots.model.pretrained import model_directory
 from cots.model.text_tower import TextTower
 
+_TEMPORAL = "image_temporal."
 # the embeddings of positions in a timm network, in open_clip's and in the blocks of a hybrid
 _POSITIONS = ("pos_embed", "positional_embedding", "position")
 
@@ -69,7 +70,8 @@ def starting_encoder(config: PretrainConfig, tokenizer: CaptionTokenizer) -> Dua
 def _model_weights(config: PretrainConfig, encoder: DualEncoder) -> dict[str, Tensor]:
     """Weights of the whole model that `start.model` names.
 
-    The centres of a released model are left out: they belong to the weights it was released with.
+    The centres of a released model are left out: they belong to the weights it was released with. A temporal
+    transformer that it lacks starts anew, as the mean of the frames.
     """
     name = config.start.model
     assert name is not None
@@ -80,7 +82,10 @@ def _model_weights(config: PretrainConfig, encoder: DualEncoder) -> dict[str, Te
     else:
         given = read_model(model_directory(name))[0].state_dict()
     own = encoder.state_dict()
-    return _fit_positions({**given, **{key: own[key] for key in ("image_center", "text_center")}}, own)
+    anew = ["image_center", "text_center"]
+    if not any(key.startswith(_TEMPORAL) for key in given):
+        anew += [key for key in own if key.startswith(_TEMPORAL)]
+    return _fit_positions({**given, **{key: own[key] for key in anew}}, own)
 
 
 def _trunk_weights(config: PretrainConfig, trunk: nn.Module) -> dict[str, Tensor]:

@@ -183,7 +183,7 @@ def measure(
     Raises:
         EvaluationError: the model cannot embed videos, too many items are unreadable, or a vector is not finite.
     """
-    if test_set.kind == "video" and not getattr(model, "handles_video", True):
+    if test_set.kind == "video" and not model.handles_video:
         raise EvaluationError(f"The model {model.name} embeds images only; {test_set.protocol} needs one for videos.")
     started = time.perf_counter()
     stopwatch = Stopwatch()

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from cots.config import ModelConfig
 from cots.model.open_clip_architecture import OPEN_CLIP
+from cots.model.temporal import TemporalTransformer, pool_clips
 from cots.model.tower import GridTower, WordTower
 
 
@@ -64,6 +65,11 @@ class ImageStream(Stream):
         image = config.image_tower
         self.image_tower = create_image_tower(config)
         self.image_projection = Projection(self.image_tower.width, config.embedding_dim, config.projection)
+        self.image_temporal = (
+            TemporalTransformer(config.embedding_dim, config.temporal)
+            if config.temporal.kind == "transformer"
+            else None
+        )
         self.register_buffer("image_center", torch.zeros(config.embedding_dim))
         self.register_buffer("pixel_mean", 255 * torch.tensor(image.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", 255 * torch.tensor(image.std).view(1, 3, 1, 1), persistent=False)
@@ -77,8 +83,8 @@ class ImageStream(Stream):
                 colour; (B, F * N) of clips.
 
         Returns:
-            The embedding of a clip is the mean of its frames' embeddings, made unit again; its tokens are those of all
-            frames, (B, F * N, C).
+            The embedding of a clip is pooled from its frames' (see `pool_frames`); its tokens are those of all frames,
+            (B, F * N, C).
         """
         if pixels.ndim == 4:
             output = self.image_tower(self.prepare_pixels(pixels, hidden))
@@ -87,8 +93,39 @@ class ImageStream(Stream):
         if hidden is not None:
             hidden = hidden.reshape(clips * frames, -1)
         single = self.encode_image(pixels.flatten(0, 1), hidden)
-        embedding = F.normalize(single.embedding.unflatten(0, (clips, frames)).mean(dim=1), dim=-1)
+        embedding = self.pool_frames(single.embedding.unflatten(0, (clips, frames)))
         return EncodedBatch(embedding, single.tokens.reshape(clips, -1, single.tokens.shape[-1]))
+
+    def encode_video(self, pixels: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Encode pictures and clips together, each of as many frames as it has: (B, D) float32, unit norm.
+
+        Only frames that are there go through the tower, as one flat batch: a picture costs one pass, not F. The flat
+        batch is filled up with repeated frames, whose embeddings are dropped, to a multiple of a quarter of B: its
+        size then takes a few values only, for each of which a compiled tower is compiled once, and how the items of
+        a step happen to fall costs an eighth of B on average. All else is as without the filling; ranks of one step
+        may differ in the size.
+
+        Args:
+            pixels: (B, F, 3, S, S) uint8.
+            counts: (B,) int64 on the CPU (shapes hang on it), how many of an item's F frames are there, at least 1;
+                None: all.
+        """
+        clips, most = pixels.shape[:2]
+        if counts is None:
+            return self.pool_frames(self.encode_image(pixels.flatten(0, 1)).embedding.unflatten(0, (clips, most)))
+        rows = (torch.arange(most) < counts[:, None]).flatten().nonzero().flatten()
+        step = max(1, clips // 4)
+        size = -(-len(rows) // step) * step
+        filled = rows[torch.arange(size) % len(rows)].to(pixels.device)
+        single = self.encode_image(pixels.flatten(0, 1)[filled]).embedding[: len(rows)]
+        embeddings = single.new_zeros(clips * most, single.shape[1]).index_copy(0, filled[: len(rows)], single)
+        return self.pool_frames(embeddings.unflatten(0, (clips, most)), counts.to(pixels.device))
+
+    def pool_frames(self, frames: Tensor, counts: Tensor | None = None) -> Tensor:
+        """(B, F, D) embeddings of frames, the first `counts` (B,) of them, -> (B, D), unit norm; see `pool_clips`."""
+        if counts is None:
+            counts = torch.full((len(frames),), frames.shape[1], device=frames.device)
+        return pool_clips(frames, counts, self.image_center, self.image_temporal)
 
     def prepare_pixels(self, pixels: Tensor, hidden: Tensor | None = None) -> Tensor:
         """(B, 3, S, S) uint8 -> normalised, in the tower's type; `hidden` (B, N) patches are the mean colour: zero."""

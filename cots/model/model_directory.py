@@ -198,7 +198,10 @@ def fingerprint_of(stored: dict[str, Tensor], transform: dict[str, Any], tokeniz
 
 def _transform_of(config: ModelConfig) -> dict[str, Any]:
     image, text = config.image_tower, config.text_tower
+    # heads leave no trace in the weights' shapes
+    temporal = {"temporal_heads": config.temporal.heads} if config.temporal.kind != "none" else {}
     return {
+        **temporal,
         "image_size": image.image_size,
         "resize": image.resize,
         "mean": list(image.mean),

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from threading import Lock
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -13,6 +14,7 @@ from cots.data.square_transform import SquareTransform
 from cots.model.dual_encoder import ImageStream
 from cots.model.folding import fold_batch_norms
 from cots.model.model_directory import SavedModel
+from cots.moments import unit_mean
 
 
 class RetrievalModel(ABC):
@@ -24,7 +26,10 @@ class RetrievalModel(ABC):
         dimension: D of the vectors.
         device: where it computes.
         square: the exact transform of a picture.
+        handles_video: whether it can embed clips.
     """
+
+    handles_video = True
 
     def __init__(
         self, name: str, fingerprint: str, dimension: int, device: torch.device, square: SquareTransform
@@ -50,6 +55,19 @@ class RetrievalModel(ABC):
         with torch.inference_mode(), self._precision():
             embeddings = self._encode_pixels(pixels.to(self.device, non_blocking=True))
         return F.normalize(embeddings.float(), dim=-1).cpu()
+
+    def encode_video(self, pixels: Tensor) -> Tensor:
+        """Encode (B, F, 3, S, S) uint8 frames of clips into (B, D) float32 of unit norm, on the CPU."""
+        frames = self.encode_images(pixels.flatten(0, 1)).view(*pixels.shape[:2], self.dimension).numpy()
+        pooled = [torch.from_numpy(self.pool_frames(clip)) for clip in frames]
+        return torch.stack(pooled) if pooled else torch.empty(0, self.dimension)
+
+    def pool_frames(self, frames: np.ndarray) -> np.ndarray:
+        """(F, D) float32 embeddings of a clip's frames, in their order, -> (D,) float32, unit norm.
+
+        Without a temporal transformer: their mean.
+        """
+        return unit_mean(frames)
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Encode sentences into (B, D) float32 of unit norm, on the CPU."""
@@ -85,14 +103,24 @@ class CotsModel(RetrievalModel):
         self._images: ImageStream | None = None
         self._building = Lock()
 
+    def pool_frames(self, frames: np.ndarray) -> np.ndarray:
+        if self._saved.config.temporal.kind == "none":
+            return unit_mean(frames)
+        with torch.inference_mode():
+            clip = torch.from_numpy(frames)[None].to(self.device)
+            return self._image_stream().pool_frames(clip)[0].cpu().numpy()
+
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
-        with self._building:
-            if self._images is None:
-                self._images = self._build_image_stream()
-        return self._images.encode_image(pixels.contiguous(memory_format=torch.channels_last)).embedding
+        return self._image_stream().encode_image(pixels.contiguous(memory_format=torch.channels_last)).embedding
 
     def _encode_sentences(self, texts: list[str]) -> Tensor:
         return self._texts.encode_text(self.tokenizer(texts).to(self.device)).embedding
+
+    def _image_stream(self) -> ImageStream:
+        with self._building:
+            if self._images is None:
+                self._images = self._build_image_stream()
+        return self._images
 
     def _build_image_stream(self) -> ImageStream:
         stream = self._saved.image_stream().to(self.device).to(memory_format=torch.channels_last)
