@@ -12,7 +12,8 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,10 +38,19 @@ CLIP_FRAMES = 4
 
 @dataclass
 class Pair:
-    """A picture's or a clip's bytes, and its captions."""
+    """Attributes:
+    media: a picture's or a clip's bytes.
+    captions: of it.
+    group: items of one group are relevant to each other's captions; empty: those of this item only.
+    """
 
     media: bytes
     captions: Sequence[str]
+    group: str = ""
+
+    @property
+    def is_clip(self) -> bool:
+        return sniff(self.media[:HEADER_BYTES], "", lambda: io.BytesIO(self.media)) == "video"
 
     def frames(self, count: int) -> list[Image.Image]:
         """The picture, or `count` frames of the clip, spread evenly.
@@ -48,11 +58,31 @@ class Pair:
         Raises:
             MediaError: it cannot be decoded.
         """
-        if sniff(self.media[:HEADER_BYTES], "", lambda: io.BytesIO(self.media)) == "video":
-            from cots.data.video_io import read_frames
+        return self.frames_at([(place + 0.5) / count for place in range(count)])
 
-            return read_frames(self.media, count=count).images
-        return [open_image(self.media)]
+    def frames_at(self, shares: Sequence[float]) -> list[Image.Image]:
+        """The picture, or the clip's frames at some shares of its duration; those that do not decode are missing.
+
+        Raises:
+            MediaError: none can be decoded.
+        """
+        if not self.is_clip:
+            return [open_image(self.media)]
+        from cots.data.video_io import read_frames
+
+        return read_frames(self.media, shares=shares).images
+
+    def evaluation_frames(self, short_side: int) -> list[Image.Image]:
+        """The frames that `cots evaluate` and a gallery embed.
+
+        Raises:
+            MediaError: none can be decoded.
+        """
+        if not self.is_clip:
+            return [open_image(self.media, target_size=short_side)]
+        from cots.data.frame_sampling import EVERY_SECOND
+
+        return EVERY_SECOND.read_media(self.media, short_side, "").images
 
 
 class PairSource(Protocol):
@@ -69,23 +99,31 @@ class Batch:
     """Attributes:
     pixels: (B, 3, S, S) uint8, or (B, F, 3, S, S) with several frames an item.
     token_ids: (B * captions_per_item, L) int64, the captions of an item side by side.
-    item_ids: (B,) int64.
+    item_ids: (B,) int64, equal for items that are relevant to each other's captions: those are no negatives.
     bad: name and reason of samples that could not be read and were replaced by others.
+    counts: how many frames each of the B items has: a picture one, a clip F. Behind them its frames are repeated,
+        so that whatever is computed of all F (the mean colour of a clip, say) is that of the item. Only the frames
+        that count go through the tower (see `DualEncoder.encode_video`); a batch has one shape, and its items fall as
+        the order of the epoch has them, the same for any number of ranks. None: all F.
+    numbers: of the B items among all of all sources.
     """
 
     pixels: Tensor
     token_ids: Tensor
     item_ids: Tensor
     bad: list[tuple[str, str]] = field(default_factory=list)
+    counts: tuple[int, ...] | None = None
+    numbers: list[int] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "Batch":
         pixels, token_ids, item_ids = (
             tensor.to(device, non_blocking=True) for tensor in (self.pixels, self.token_ids, self.item_ids)
         )
-        return Batch(pixels, token_ids, item_ids, self.bad)
+        return replace(self, pixels=pixels, token_ids=token_ids, item_ids=item_ids)
 
     def pin_memory(self) -> "Batch":
-        return Batch(self.pixels.pin_memory(), self.token_ids.pin_memory(), self.item_ids.pin_memory(), self.bad)
+        pixels, token_ids, item_ids = (tensor.pin_memory() for tensor in (self.pixels, self.token_ids, self.item_ids))
+        return replace(self, pixels=pixels, token_ids=token_ids, item_ids=item_ids)
 
 
 class ShardPairs:
@@ -103,13 +141,13 @@ class ShardPairs:
     def read(self, index: int) -> Pair:
         parts = self.index.read(index)
         try:
-            captions, _ = read_captions(parts)
+            captions, fields = read_captions(parts)
         except ValueError as error:
             raise MediaError("", f"its captions cannot be read ({error})") from error
         media = [content for extension, content in parts.items() if extension not in ("json", "txt", "cls")]
         if not media or not captions:
             raise MediaError("", "it has no caption" if media else "the shard holds no picture for it")
-        return Pair(media[0], captions)
+        return Pair(media[0], captions, str(fields.get("group", "")))
 
 
 class TablePairs:
@@ -135,7 +173,8 @@ class TablePairs:
         return self.samples[index].path
 
     def read(self, index: int) -> Pair:
-        return Pair(self.samples[index].read_bytes(), self.samples[index].captions)
+        sample = self.samples[index]
+        return Pair(sample.read_bytes(), sample.captions, sample.extra.get("group", ""))
 
 
 def name_of(sources: Sequence[PairSource], item: int) -> str:
@@ -161,7 +200,8 @@ def open_source(config: SourceConfig) -> PairSource:
 
 
 class TrainingPairs(Dataset[tuple[Any, ...]]):
-    """All sources one after another; item (place, index) -> pixels, token ids, item id, bad samples."""
+    """All sources one after another; item (place, index) -> frames (F, 3, S, S), token ids, item id, number of the
+    item, bad samples; F is 1 for a picture, at most frames_per_item for a clip."""
 
     def __init__(
         self,
@@ -200,20 +240,26 @@ class TrainingPairs(Dataset[tuple[Any, ...]]):
         source = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.sources[source], index - int(self.starts[source])
 
-    def _load(self, index: int) -> tuple[Tensor, Tensor]:
+    def _load(self, index: int) -> tuple[Tensor, Tensor, int]:
         source, own = self._locate(index)
         pair = source.read(own)
         order = torch.randperm(len(pair.captions)).tolist()
         captions = [pair.captions[order[draw % len(order)]] for draw in range(self.captions_per_item)]
         wanted = self.frames_per_item
-        frames = pair.frames(max(CLIP_FRAMES, 2 * wanted) if wanted > 1 else CLIP_FRAMES)
-        chosen = ((torch.arange(wanted) + torch.rand(wanted)) / wanted * len(frames)).long().tolist()
+        # one moment in each of as many equal segments (TSN, Wang et al. 2016)
+        frames = pair.frames_at(((torch.arange(wanted) + torch.rand(wanted)) / wanted).tolist())
         seed, pixels = int(torch.randint(2**62, ())), []
-        for place in chosen:  # every frame of a clip is cropped and mirrored alike
+        for frame in frames:  # every frame of a clip is cropped and mirrored alike
             torch.manual_seed(seed)
-            one, thinned = self.transform(frames[place], captions)
+            one, thinned = self.transform(frame, captions)
             pixels.append(one)
-        return pixels[0] if wanted == 1 else torch.stack(pixels), self.tokenizer(thinned, pad_to_max=True)
+        return torch.stack(pixels), self.tokenizer(thinned, pad_to_max=True), item_id(pair, index)
+
+
+def item_id(pair: Pair, number: int) -> int:
+    """What an item and others that are relevant to its captions have in common: the hash of their group, above 2**62,
+    or the item's own number."""
+    return 2**62 + (_seed_of(pair.group) >> 1) if pair.group else number
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -297,7 +343,7 @@ def training_loader(
         pairs,
         batch_sampler=sampler,
         num_workers=config.workers,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, frames=config.frames_per_item),
         pin_memory=pin_memory,
         prefetch_factor=4 if config.workers else None,
         worker_init_fn=_single_thread,
@@ -320,28 +366,54 @@ class ValidationFrames(Dataset[Tensor]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Tensor:
-        return torch.stack([self.transform(frame) for frame in self.source.read(index).frames(CLIP_FRAMES)])
+        try:
+            frames = self.source.read(index).evaluation_frames(self.transform.size)
+        except MediaError as error:
+            raise MediaError(self.source.name(index), error.reason) from error
+        return torch.stack([self.transform(frame) for frame in frames])
 
 
-def captions_of(source: PairSource) -> tuple[list[str], Tensor]:
-    """All captions of a source, and for each the index of its item, (T,) int64."""
-    captions: list[str] = []
-    owners: list[int] = []
-    for index in range(len(source)):
-        own = source.read(index).captions
-        captions += own
-        owners += [index] * len(own)
-    return captions, torch.tensor(owners)
+@dataclass
+class SourceCaptions:
+    """All captions of a source.
+
+    Attributes:
+        texts: T captions, item by item.
+        owners: (T,) int64, the item of each.
+        labels: (N,) int64, equal for items of one group.
+        clips: (N,) bool.
+    """
+
+    texts: list[str]
+    owners: Tensor
+    labels: Tensor
+    clips: Tensor
 
 
-def _collate(items: list[tuple[Any, ...]]) -> Batch:
-    pixels, token_ids, item_ids, bad = zip(*items)
+def captions_of(source: PairSource) -> SourceCaptions:
+    """Read the captions of every item of a source, and which items they belong to."""
+    pairs = [source.read(index) for index in range(len(source))]
+    texts = [text for pair in pairs for text in pair.captions]
+    owners = torch.arange(len(pairs)).repeat_interleave(torch.tensor([len(pair.captions) for pair in pairs]))
+    labels = torch.tensor([item_id(pair, number) for number, pair in enumerate(pairs)])
+    return SourceCaptions(texts, owners, labels, torch.tensor([pair.is_clip for pair in pairs]))
+
+
+def _collate(items: list[tuple[Any, ...]], frames: int) -> Batch:
+    pixels, token_ids, item_ids, numbers, bad = zip(*items)
+    counts = tuple(len(clip) for clip in pixels)
+    filled = [clip[torch.arange(frames) % len(clip)] for clip in pixels]
     return Batch(
-        torch.stack(pixels), torch.cat(token_ids), torch.tensor(item_ids), [one for many in bad for one in many]
+        torch.cat(filled) if frames == 1 else torch.stack(filled),
+        torch.cat(token_ids),
+        torch.tensor(item_ids),
+        [one for many in bad for one in many],
+        None if frames == 1 else counts,
+        list(numbers),
     )
 
 
-def _seed_of(*values: int) -> int:
+def _seed_of(*values: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "little") >> 1
 
 

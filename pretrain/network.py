@@ -9,6 +9,8 @@ from cots.data.masking import HiddenWords, patch_mask
 from cots.model.dual_encoder import DualEncoder
 from cots.objectives.masked_modeling import MaskedModelingHead
 
+Counts = tuple[int, ...] | None
+
 
 @dataclass
 class HiddenPatches:
@@ -57,7 +59,12 @@ class TrainingNetwork(nn.Module):
         )
 
     def forward(
-        self, pixels: Tensor, token_ids: Tensor, patches: HiddenPatches | None = None, words: HiddenWords | None = None
+        self,
+        pixels: Tensor,
+        token_ids: Tensor,
+        patches: HiddenPatches | None = None,
+        words: HiddenWords | None = None,
+        counts: Counts = None,
     ) -> NetworkOutput:
         """Encode a batch, and predict what is hidden of it.
 
@@ -68,8 +75,9 @@ class TrainingNetwork(nn.Module):
             pixels: (B, 3, S, S) or (B, F, 3, S, S) uint8.
             token_ids: (B * captions, L) int64, the captions of an item side by side.
             patches: of the B pictures; words: of the B first captions.
+            counts: how many frames each item has, if not all F (see `Batch`).
         """
-        image = self.encoder.encode_image(pixels).embedding
+        image = encode_items(self.encoder, pixels, counts)
         text = self.encoder.encode_text(token_ids).embedding
         captions = len(token_ids) // len(pixels)
         losses: Tensor | None = None
@@ -90,3 +98,10 @@ class TrainingNetwork(nn.Module):
             scalars["loss_masked_text"] = output.losses.detach().mean()
             scalars["masked_text_accuracy"] = output.accuracy
         return NetworkOutput(image, text, losses, scalars)
+
+
+def encode_items(encoder: DualEncoder, pixels: Tensor, counts: Counts) -> Tensor:
+    """(B, D) embeddings of pictures (B, 3, S, S), or of items of up to F frames (B, F, 3, S, S)."""
+    if pixels.ndim == 4:
+        return encoder.encode_image(pixels).embedding
+    return encoder.encode_video(pixels, counts)

@@ -17,9 +17,10 @@ from cots.data.square_transform import SquareTransform
 from cots.data.transforms import mentions_side
 from cots.errors import MediaError, SourceError
 from cots.model.caption_tokenizer import CaptionTokenizer
-from pretrain.loader import CLIP_FRAMES, Batch, PairSource, StepSampler
+from pretrain.loader import CLIP_FRAMES, Batch, PairSource, StepSampler, item_id
 
 _CAPTIONS = 16  # of an item take part in the draw
+_SEGMENT_FRAMES = 3  # of a clip are kept for each frame that a step draws from it
 _PHILOX_WORDS = 4  # random numbers that one step of numpy's Philox counter gives
 
 
@@ -33,6 +34,7 @@ class PixelCache:
         first_frame: (N + 1,) int64, where each item's frames begin.
         token_ids: (T, L) int64 on the device, the captions of all items one after another.
         first_caption: (N + 1,) int64, where each item's captions begin.
+        item_ids: (N,) int64, equal for items that are relevant to each other's captions.
         sided: (N,) bool, a caption says left or right.
         bad: name and reason of items that cannot be read.
     """
@@ -41,22 +43,24 @@ class PixelCache:
         self,
         sources: Sequence[PairSource],
         tokenizer: CaptionTokenizer,
-        side: int,
-        workers: int,
+        config: DataConfig,
         device: torch.device,
     ) -> None:
+        assert config.cache_side is not None
         loader = DataLoader(
-            _Squares(sources, side),
+            _Squares(sources, config.cache_side, config.frames_per_item),
             batch_size=None,
-            num_workers=workers,
+            num_workers=config.workers,
             generator=torch.Generator(),
-            prefetch_factor=16 if workers else None,
+            prefetch_factor=16 if config.workers else None,
         )
         frames: list[Tensor] = []
         captions: list[list[str]] = []
         self.bad: list[tuple[str, str]] = []
-        for squares, own, problem in loader:
+        item_ids: list[int] = []
+        for squares, own, common, problem in loader:
             frames.append(squares)
+            item_ids.append(common)
             captions.append(own)
             if problem is not None:
                 self.bad.append(problem)
@@ -66,31 +70,34 @@ class PixelCache:
         self.token_ids = tokenizer(texts, pad_to_max=True).to(device)
         self.first_caption = _starts([len(own) for own in captions])
         self.sided = np.array([any(mentions_side(text) for text in own) for own in captions])
+        self.item_ids = np.array(item_ids)
         self.device = device
 
     def __len__(self) -> int:
         return len(self.sided)
 
 
-class _Squares(Dataset[tuple[Tensor, list[str], tuple[str, str] | None]]):
-    """Item -> ((F, 3, R, R) uint8, captions, name and reason if it cannot be read)."""
+class _Squares(Dataset[tuple[Tensor, list[str], int, tuple[str, str] | None]]):
+    """Item -> ((F, 3, R, R) uint8, captions, item id, name and reason if it cannot be read)."""
 
-    def __init__(self, sources: Sequence[PairSource], side: int) -> None:
+    def __init__(self, sources: Sequence[PairSource], side: int, frames_per_item: int) -> None:
         self.items = [(source, index) for source in sources for index in range(len(source))]
         self.side = side
         self.transform = SquareTransform(side)
+        self.clip_frames = max(CLIP_FRAMES, _SEGMENT_FRAMES * frames_per_item)
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, place: int) -> tuple[Tensor, list[str], tuple[str, str] | None]:
+    def __getitem__(self, place: int) -> tuple[Tensor, list[str], int, tuple[str, str] | None]:
         source, index = self.items[place]
         try:
             pair = source.read(index)
-            frames = torch.stack([self.transform(frame) for frame in pair.frames(CLIP_FRAMES)])
-            return frames, list(pair.captions)[:_CAPTIONS], None
+            frames = torch.stack([self.transform(frame) for frame in pair.frames(self.clip_frames)])
+            return frames, list(pair.captions)[:_CAPTIONS], item_id(pair, place), None
         except MediaError as error:
-            return torch.empty(0, 3, self.side, self.side, dtype=torch.uint8), [], (source.name(index), error.reason)
+            nothing = torch.empty(0, 3, self.side, self.side, dtype=torch.uint8)
+            return nothing, [], place, (source.name(index), error.reason)
 
 
 def cached_batches(
@@ -113,18 +120,27 @@ def cached_batches(
         items = np.where(readable, items, good[items % len(good)])
         captions = _choose_captions(draws, caption_counts[items], config.captions_per_item)
         token_rows = (cache.first_caption[items][:, None] + captions).reshape(-1)
-        frames = _choose_frames(draws, frame_counts[items], config.frames_per_item)
-        pixel_rows = (cache.first_frame[items][:, None] + frames).reshape(-1)
+        most = config.frames_per_item
+        counts = np.where(frame_counts[items] == 1, 1, most)
+        frames = _choose_frames(draws, frame_counts[items], most)
+        shown = np.arange(most) < counts[:, None]
+        pixel_rows = (cache.first_frame[items][:, None] + frames)[shown]
 
         def on_device(values: np.ndarray) -> Tensor:
             return torch.from_numpy(values).to(cache.device, non_blocking=True)
 
-        own = on_device(draws[:, :DRAWS].astype(np.float32)).repeat_interleave(config.frames_per_item, dim=0)
-        may_flip = on_device(~cache.sided[items]).repeat_interleave(config.frames_per_item)
-        pixels = augment(cache.pixels[on_device(pixel_rows)], own, may_flip)
-        if config.frames_per_item > 1:
-            pixels = pixels.view(len(items), config.frames_per_item, *pixels.shape[1:])
-        yield Batch(pixels, cache.token_ids[on_device(token_rows)], on_device(items))
+        own = on_device(draws[:, :DRAWS].astype(np.float32).repeat(counts, axis=0))
+        pixels = augment(cache.pixels[on_device(pixel_rows)], own, on_device((~cache.sided[items]).repeat(counts)))
+        if most > 1:
+            first = np.cumsum(counts) - counts
+            pixels = pixels[on_device(first[:, None] + np.arange(most) % counts[:, None])]
+        yield Batch(
+            pixels,
+            cache.token_ids[on_device(token_rows)],
+            on_device(cache.item_ids[items]),
+            counts=None if most == 1 else tuple(counts.tolist()),
+            numbers=items.tolist(),
+        )
 
 
 def uniform_draws(seed: int, place: int, count: int) -> np.ndarray:

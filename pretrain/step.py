@@ -3,6 +3,7 @@
 import copy
 import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from pretrain.distributed import Ranks
 from pretrain.flops import flops_per_pair
 from pretrain.loader import Batch
 from pretrain.momentum import MovingAverage
-from pretrain.network import HiddenPatches, NetworkOutput, TrainingNetwork
+from pretrain.network import Counts, HiddenPatches, NetworkOutput, TrainingNetwork, encode_items
 from pretrain.optimizer import create_optimizer, rate_factor, set_rates
 from pretrain.working_copy import WorkingCopy
 
@@ -81,8 +82,8 @@ class TrainingStep:
         pixels = self.augment(batch.pixels)
         patches, words = self.hide(pixels, batch.token_ids)
         if config.training.accumulation == 1:
-            output = self.parallel(pixels, batch.token_ids, patches, words)
-            features = self.pair_features(output, Batch(pixels, batch.token_ids, batch.item_ids))
+            output = self.parallel(pixels, batch.token_ids, patches, words, batch.counts)
+            features = self.pair_features(output, replace(batch, pixels=pixels))
             result = self.objective(features, step / steps)
             loss = result.loss if output.masked_losses is None else result.loss + output.masked_losses.mean()
             loss.backward()
@@ -201,7 +202,10 @@ class TrainingStep:
         image_momentum, text_momentum = output.image.detach(), output.text.detach()
         if self.objective.uses_momentum:
             encoded = [
-                _embeddings(momentum, *part) for part in zip(batch.pixels.chunk(parts), batch.token_ids.chunk(parts))
+                _embeddings(momentum, *part)
+                for part in zip(
+                    batch.pixels.chunk(parts), batch.token_ids.chunk(parts), _chunk_counts(batch.counts, parts)
+                )
             ]
             image_momentum, text_momentum = (torch.cat(side) for side in zip(*encoded))
         return PairFeatures(
@@ -229,15 +233,15 @@ class TrainingStep:
         parts = self.config.training.accumulation
         network = self.working.network
         pieces = list(zip(pixels.chunk(parts), batch.token_ids.chunk(parts)))
+        counts = _chunk_counts(batch.counts, parts)
         states, first = [], []
-        for part in pieces:
+        for index, part in enumerate(pieces):
             states.append(_random_state(self.device))
             # with the graph of the second encoding, so that a compiled one draws the same dropout; it is dropped here
-            output = network(*part)
+            output = network(*part, counts=counts[index])
             first.append((output.image.detach(), output.text.detach()))
         image, text = (torch.cat(side).requires_grad_() for side in zip(*first))
-        augmented = Batch(pixels, batch.token_ids, batch.item_ids)
-        features = self.pair_features(NetworkOutput(image, text, None, {}), augmented, parts)
+        features = self.pair_features(NetworkOutput(image, text, None, {}), replace(batch, pixels=pixels), parts)
         result = self.objective(features, progress)
         result.loss.backward()
         assert image.grad is not None
@@ -252,7 +256,7 @@ class TrainingStep:
             if isinstance(self.parallel, DistributedDataParallel) and not last:
                 synchronized = self.parallel.no_sync()
             with synchronized:
-                output = self.parallel(*part, *hidden[index])
+                output = self.parallel(*part, *hidden[index], counts[index])
                 surrogate = (output.image * image.grad.chunk(parts)[index]).sum()
                 surrogate = surrogate + (output.text * text.grad.chunk(parts)[index]).sum()
                 if output.masked_losses is not None:
@@ -302,8 +306,15 @@ def _compile_encoder(encoder: DualEncoder) -> None:
 
 
 @torch.no_grad()
-def _embeddings(encoder: DualEncoder, pixels: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    return encoder.encode_image(pixels).embedding, encoder.encode_text(token_ids).embedding
+def _embeddings(encoder: DualEncoder, pixels: Tensor, token_ids: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:
+    return encode_items(encoder, pixels, counts), encoder.encode_text(token_ids).embedding
+
+
+def _chunk_counts(counts: Counts, parts: int) -> list[Counts]:
+    if counts is None:
+        return [None] * parts
+    size = -(-len(counts) // parts)
+    return [counts[start : start + size] for start in range(0, len(counts), size)]
 
 
 def _chunk_hidden(

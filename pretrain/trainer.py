@@ -120,7 +120,7 @@ class Run:
             tensorboard=training.tensorboard,
             wandb=training.wandb,
         )
-        self.items_since_log: list[torch.Tensor] = []
+        self.items_since_log: list[list[int]] = []
 
     def train(self) -> None:
         """Take every step that is left, or those until SIGTERM."""
@@ -141,7 +141,7 @@ class Run:
                 batch = next(batches).to(self.device)
                 waited = time.perf_counter() - asked
                 self._count_bad(batch)
-                self.items_since_log.append(batch.item_ids)
+                self.items_since_log.append(batch.numbers)
                 self.telemetry.step(self.stepper.take(batch, self.step, self.steps), waited)
                 self.step += 1
                 last = self.step == self.steps
@@ -166,7 +166,7 @@ class Run:
             pinned = self.device.type == "cuda"
             return iter(training_loader(self.sources, data, self.tokenizer, size, sampler, pin_memory=pinned))
         started = time.perf_counter()
-        cache = PixelCache(self.sources, self.tokenizer, data.cache_side, data.workers, self.device)
+        cache = PixelCache(self.sources, self.tokenizer, data, self.device)
         seconds, size_mib = time.perf_counter() - started, cache.pixels.nbytes / 2**20
         self.telemetry.say(f"{len(cache)} items decoded in {seconds:.0f} s into {size_mib:.0f} MiB")
         self._refuse_too_many_bad(cache.bad, len(cache))
@@ -189,8 +189,8 @@ class Run:
         path = self.directory / f"last-items-rank{self.ranks.rank}.jsonl"
         with path.open("w", encoding="utf-8") as file:
             first = self.step - len(self.items_since_log) + 1
-            for step, item_ids in enumerate(self.items_since_log, first):
-                names = [name_of(self.sources, item) for item in item_ids.tolist()]
+            for step, numbers in enumerate(self.items_since_log, first):
+                names = [name_of(self.sources, number) for number in numbers]
                 file.write(json.dumps({"step": step, "items": names}) + "\n")
         return path
 

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from cots.config import SourceConfig
 from cots.data.square_transform import SquareTransform
 from cots.errors import ConfigError
-from cots.evaluation.metrics import recall_sum, retrieval_metrics
+from cots.evaluation.metrics import rank_embeddings, recall_sum, summary
 from cots.model.caption_tokenizer import CaptionTokenizer
 from cots.model.dual_encoder import DualEncoder
 from pretrain.loader import ValidationFrames, captions_of, open_source
@@ -23,13 +22,18 @@ Metrics = dict[str, dict[str, float]]
 @dataclass
 class _ValidationSet:
     """Attributes:
-    frames: (F, 3, S, S) uint8 of all items, `item_of_frame` (F,) int64 the item of each.
+    kind: of all items; "image" if they are mixed.
+    frames: (F, 3, S, S) uint8 of all items, item by item.
+    counts: (N,) int64, how many of them belong to each item.
+    labels: (N,) int64, equal for items that are relevant to each other's captions.
     token_ids: (T, L) int64 of all captions, `item_of_caption` (T,) int64.
     """
 
     path: str
+    kind: str
     frames: Tensor
-    item_of_frame: Tensor
+    counts: Tensor
+    labels: Tensor
     token_ids: Tensor
     item_of_caption: Tensor
 
@@ -48,36 +52,51 @@ class Validation:
         for config in sources:
             refuse_test_split(config.path)
             source = open_source(config)
-            captions, item_of_caption = captions_of(source)
+            captions = captions_of(source)
             frames = ValidationFrames(source, transform)
             items = list(DataLoader(frames, batch_size=None, num_workers=workers, generator=torch.Generator()))
-            counts = torch.tensor([len(frames) for frames in items])
-            item_of_frame = torch.arange(len(items)).repeat_interleave(counts)
-            token_ids = tokenizer(captions, pad_to_max=True)
-            self._sets.append(_ValidationSet(config.path, torch.cat(items), item_of_frame, token_ids, item_of_caption))
+            self._sets.append(
+                _ValidationSet(
+                    config.path,
+                    "video" if bool(captions.clips.all()) else "image",
+                    torch.cat(items),
+                    torch.tensor([len(frames) for frames in items]),
+                    captions.labels,
+                    tokenizer(captions.texts, pad_to_max=True),
+                    captions.owners,
+                )
+            )
 
     @torch.inference_mode()
     def measure(self, encoder: DualEncoder, device: torch.device) -> dict[str, Metrics]:
-        """Recall of an encoder (in evaluation mode) on every source.
+        """Recall of an encoder (in evaluation mode) on every source, as `cots evaluate` measures it: the same frames,
+        pooled alike, items of one group relevant to each other's captions, in float32 (bf16 moves R@1 by a point).
 
-        Returns {path: {"text_to_image": {..}, "image_to_text": {..}}}.
-
-        In float32, as `cots evaluate` on a CPU: bf16 moves R@1 by a point either way.
+        Returns {path: {"text_to_image": {..}, "image_to_text": {..}}}; "video" in place of "image" for clips alone.
         """
         results: dict[str, Metrics] = {}
         for pairs in self._sets:
             pictures, pieces = pairs.frames.split(256), pairs.token_ids.split(1024)
-            frames = torch.cat([encoder.encode_image(part.to(device)).embedding for part in pictures]).cpu()
+            frames = torch.cat([encoder.encode_image(part.to(device)).embedding for part in pictures])
             texts = torch.cat([encoder.encode_text(part.to(device)).embedding for part in pieces]).cpu()
-            count = int(pairs.item_of_frame[-1]) + 1
-            items = F.normalize(torch.zeros(count, frames.shape[1]).index_add_(0, pairs.item_of_frame, frames), dim=1)
-            scores = texts @ items.T
-            relevance = pairs.item_of_caption[:, None] == torch.arange(count)
+            items = _pool(encoder, frames, pairs.counts).cpu()
+            caption_labels = pairs.labels[pairs.item_of_caption]
             results[pairs.path] = {
-                "text_to_image": retrieval_metrics(scores, relevance),
-                "image_to_text": retrieval_metrics(scores.T, relevance.T),
+                f"text_to_{pairs.kind}": summary(rank_embeddings(texts, items, caption_labels, pairs.labels)),
+                f"{pairs.kind}_to_text": summary(rank_embeddings(items, texts, pairs.labels, caption_labels)),
             }
         return results
+
+
+def _pool(encoder: DualEncoder, frames: Tensor, counts: Tensor) -> Tensor:
+    """(F, D) embeddings of all items' frames -> (N, D), items of equally many frames at once."""
+    first = counts.cumsum(0) - counts
+    pooled = frames.new_empty(len(counts), frames.shape[1])
+    for count in counts.unique().tolist():
+        own = (counts == count).nonzero().flatten()
+        rows = (first[own, None] + torch.arange(count)).to(frames.device)
+        pooled[own.to(frames.device)] = encoder.pool_frames(frames[rows])
+    return pooled
 
 
 def refuse_test_split(path: str) -> None:

@@ -26,7 +26,10 @@ class FrameSampling:
         Raises:
             MediaError, MissingDependency: as `read_frames`.
         """
-        media = sample.media()
+        return self.read_media(sample.media(), short_side, sample.path)
+
+    def read_media(self, media: str | bytes, short_side: int, name: str) -> Frames:
+        """The same of a file's path or its bytes."""
         if self.count is None:
             return read_frames(
                 media,
@@ -34,13 +37,13 @@ class FrameSampling:
                 min_frames=MIN_FRAMES,
                 max_frames=MAX_FRAMES,
                 short_side=short_side,
-                name=sample.path,
+                name=name,
             )
         if self.until is None:
-            return read_frames(media, count=self.count, short_side=short_side, name=sample.path)
-        duration = min(probe(media, name=sample.path).duration, self.until)
+            return read_frames(media, count=self.count, short_side=short_side, name=name)
+        duration = min(probe(media, name=name).duration, self.until)
         times = uniform_times(duration, self.count).tolist()
-        return read_frames(media, times=times, short_side=short_side, name=sample.path)
+        return read_frames(media, times=times, short_side=short_side, name=name)
 
 
 EVERY_SECOND = FrameSampling()

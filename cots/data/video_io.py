@@ -50,18 +50,19 @@ class Frames:
 
 def read_frames(
     path: str | Path | bytes,
-    times: Sequence[float] | None = None,
+    times: Sequence[float] | np.ndarray | None = None,
     count: int | None = None,
     interval: float | None = None,
     max_frames: int = 600,
     *,
+    shares: Sequence[float] | None = None,
     min_frames: int = 1,
     short_side: int | None = None,
     name: str = "",
     threads: int = 1,
     max_pixels: int = MAX_FRAME_PIXELS,
 ) -> Frames:
-    """Decode the frames at some times of a video. Exactly one of `times`, `count` and `interval` is given.
+    """Decode the frames at some times of a video. Exactly one of `times`, `count`, `interval` and `shares` is given.
 
     Args:
         path: a file, or its bytes.
@@ -69,6 +70,7 @@ def read_frames(
         count: so many, at the centres of equal segments.
         interval: one every so many seconds, at the centres of segments of that length; never fewer than `min_frames`
             nor more than `max_frames` (then at the centres of that many equal segments).
+        shares: times as shares of the duration, in [0, 1].
         short_side: scale each frame down so that its shorter side has this many pixels; smaller videos stay as they
             are.
         name: what errors call the video; the path when empty.
@@ -81,13 +83,15 @@ def read_frames(
     Raises:
         MediaError: missing, empty, sound only, not a video, frames too large, or none of the frames asked for decodes.
         MissingDependency: PyAV is not installed.
-        ValueError: not exactly one of the three, or one that is not positive.
+        ValueError: not exactly one of the four, or one that is not positive.
     """
-    if sum(choice is not None for choice in (times, count, interval)) != 1:
-        raise ValueError("give exactly one of times, count and interval")
+    if sum(choice is not None for choice in (times, count, interval, shares)) != 1:
+        raise ValueError("give exactly one of times, count, interval and shares")
     name = name or _name(path)
     with closing(_open(path, name, threads, max_pixels)) as video:
         duration = video.info.duration
+        if shares is not None:
+            times = np.asarray(shares, np.float64) * duration
         asked = _asked(duration, times, count, interval, min_frames, max_frames)
         wanted = np.clip(np.searchsorted(video.starts, asked + 1e-6, side="right") - 1, 0, None)
         indices = sorted(set(wanted.tolist()))
@@ -123,7 +127,7 @@ def uniform_times(duration: float, count: int) -> np.ndarray:
 
 def _asked(
     duration: float,
-    times: Sequence[float] | None,
+    times: Sequence[float] | np.ndarray | None,
     count: int | None,
     interval: float | None,
     min_frames: int,
@@ -135,7 +139,7 @@ def _asked(
         if count < 1:
             raise ValueError(f"count must be at least 1, not {count}")
         return uniform_times(duration, count)
-    assert interval is not None  # exactly one of the three is given
+    assert interval is not None  # exactly one is given
     if interval <= 0:
         raise ValueError(f"interval must be more than 0 seconds, not {interval}")
     return sample_times(duration, interval, min_frames, max_frames)

@@ -1,6 +1,7 @@
 """The two streams and the sphere on which they meet."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,7 +97,7 @@ class ImageStream(Stream):
         embedding = self.pool_frames(single.embedding.unflatten(0, (clips, frames)))
         return EncodedBatch(embedding, single.tokens.reshape(clips, -1, single.tokens.shape[-1]))
 
-    def encode_video(self, pixels: Tensor, counts: Tensor | None = None) -> Tensor:
+    def encode_video(self, pixels: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Encode pictures and clips together, each of as many frames as it has: (B, D) float32, unit norm.
 
         Only frames that are there go through the tower, as one flat batch: a picture costs one pass, not F. The flat
@@ -107,19 +108,20 @@ class ImageStream(Stream):
 
         Args:
             pixels: (B, F, 3, S, S) uint8.
-            counts: (B,) int64 on the CPU (shapes hang on it), how many of an item's F frames are there, at least 1;
-                None: all.
+            counts: B numbers (no tensor of a device: shapes hang on them), how many of an item's F frames are there,
+                at least 1; None: all.
         """
         clips, most = pixels.shape[:2]
         if counts is None:
             return self.pool_frames(self.encode_image(pixels.flatten(0, 1)).embedding.unflatten(0, (clips, most)))
-        rows = (torch.arange(most) < counts[:, None]).flatten().nonzero().flatten()
+        there = torch.tensor(counts)
+        rows = (torch.arange(most) < there[:, None]).flatten().nonzero().flatten()
         step = max(1, clips // 4)
         size = -(-len(rows) // step) * step
         filled = rows[torch.arange(size) % len(rows)].to(pixels.device)
         single = self.encode_image(pixels.flatten(0, 1)[filled]).embedding[: len(rows)]
         embeddings = single.new_zeros(clips * most, single.shape[1]).index_copy(0, filled[: len(rows)], single)
-        return self.pool_frames(embeddings.unflatten(0, (clips, most)), counts.to(pixels.device))
+        return self.pool_frames(embeddings.unflatten(0, (clips, most)), there.to(pixels.device))
 
     def pool_frames(self, frames: Tensor, counts: Tensor | None = None) -> Tensor:
         """(B, F, D) embeddings of frames, the first `counts` (B,) of them, -> (B, D), unit norm; see `pool_clips`."""

@@ -55,10 +55,10 @@ def test_pictures_and_clips_of_any_length_are_encoded_together_as_alone(
 ) -> None:
     encoder = _encoder(tiny_model_config, trained=True) if temporal else DualEncoder(tiny_model_config).eval()
     encoder.image_center.copy_(0.3 * F.normalize(torch.randn(32), dim=0))
-    counts = torch.tensor([1, 4, 2, 1, 3, 1, 4])
+    counts = (1, 4, 2, 1, 3, 1, 4)
     pixels = _clips(7, 4)
     together = encoder.encode_video(pixels, counts)
-    for item, count in enumerate(counts.tolist()):
+    for item, count in enumerate(counts):
         alone = encoder.encode_video(pixels[item : item + 1, :count])
         assert torch.allclose(together[item], alone[0], atol=1e-5)
         assert torch.allclose(encoder.encode_image(pixels[item : item + 1, :count]).embedding, alone, atol=1e-5)
@@ -68,8 +68,8 @@ def test_each_picture_passes_the_tower_once(tiny_model_config: ModelConfig) -> N
     encoder = DualEncoder(tiny_model_config).eval()
     sizes: list[int] = []
     encoder.image_tower.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
-    encoder.encode_video(_clips(8, 4), torch.tensor([1, 1, 1, 4, 1, 1, 1, 1]))
-    encoder.encode_video(_clips(8, 4), torch.tensor([1, 1, 1, 4, 4, 1, 1, 3]))
+    encoder.encode_video(_clips(8, 4), (1, 1, 1, 4, 1, 1, 1, 1))
+    encoder.encode_video(_clips(8, 4), (1, 1, 1, 4, 4, 1, 1, 3))
     assert sizes == [12, 16]  # of 11 and 16 frames; filled up to a multiple of 8 / 4
 
 
@@ -99,7 +99,7 @@ def test_the_centre_is_subtracted_after_the_transformer() -> None:
 
 def test_all_of_it_learns_from_clips_and_pictures_give_it_no_gradient(tiny_model_config: ModelConfig) -> None:
     encoder = _encoder(tiny_model_config, trained=True).train()
-    for counts, learns in ((torch.tensor([1, 3]), True), (torch.tensor([1, 1]), False)):
+    for counts, learns in (((1, 3), True), ((1, 1), False)):
         encoder.zero_grad()
         encoder.encode_video(_clips(2, 3), counts)[:, 0].sum().backward()
         gradients = [parameter.grad for parameter in encoder.image_temporal.parameters()]
