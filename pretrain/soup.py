@@ -44,7 +44,7 @@ def greedy_soup(runs: Sequence[Path], out: Path, validation: Sequence[str]) -> d
         encoder.load_state_dict(weights)
         return measured.measure(encoder, device)
 
-    states = [{name: value.clone() for name, value in model.state_dict().items()} for model, _, _ in models]
+    states = [{name: value.cpu().clone() for name, value in model.state_dict().items()} for model, _, _ in models]
     order = sorted(range(len(runs)), key=lambda index: -criterion(results(states[index])))
     chosen = order[:1]
     best = results(states[order[0]])
