@@ -99,7 +99,10 @@ def animated(frames: Frames, quality: int) -> bytes:
     lengths = np.diff(np.round(1000 * edges)).astype(int).clip(1).tolist()
     content = io.BytesIO()
     first, *others = frames.images
-    first.save(content, "WEBP", save_all=True, append_images=others, duration=lengths, quality=quality, method=4)
+    # kmax=1: every frame stands alone, so that one can be decoded without those before it
+    first.save(
+        content, "WEBP", save_all=True, append_images=others, duration=lengths, quality=quality, method=4, kmax=1
+    )
     return content.getvalue()
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from cots.data.image_io import describe_damage, to_rgb
 from cots.data.video_info import VideoInfo
+from cots.data.webp_frames import standing_frames
 from cots.errors import MediaError
 
 _FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
@@ -30,6 +31,7 @@ class Animation:
 
     def __init__(self, source: str | Path | bytes, name: str, max_pixels: int) -> None:
         self._file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
+        self._stills: list[bytes] | None = None  # of each frame, if they stand alone
         try:
             lengths, size = self._scan(name, max_pixels)
         except MediaError:
@@ -50,6 +52,10 @@ class Animation:
         width, height = size = image.size
         if width * height > max_pixels:
             raise MediaError(name, f"{width} x {height} pixels a frame is more than the limit of {max_pixels:,} pixels")
+        standing = standing_frames(self._content()) if image.format == "WEBP" else None
+        if standing is not None:
+            self._stills = [still for _, still in standing]
+            return [_shown(length) for length, _ in standing], size
         lengths: list[float] = []
         while True:
             try:
@@ -61,16 +67,28 @@ class Animation:
                 if not lengths:
                     raise
                 break
-            length = float(image.info.get("duration") or 0)
-            lengths.append(length if length >= _SHORTEST else _USUAL)
+            lengths.append(_shown(float(image.info.get("duration") or 0)))
         return lengths, size
+
+    def _content(self) -> bytes:
+        self._file.seek(0)
+        return self._file.read()
 
     def _open(self) -> Image.Image:
         self._file.seek(0)
         return Image.open(self._file, formats=_FORMATS)
 
     def decode(self, indices: Sequence[int], size: tuple[int, int]) -> Iterator[tuple[int, Image.Image]]:
-        """The frames of ascending `indices`, each scaled to (width, height)."""
+        """The frames of ascending `indices`, each scaled to (width, height); those that do not decode are left out."""
+        if self._stills is not None:
+            for i in indices:
+                try:
+                    with Image.open(io.BytesIO(self._stills[i]), formats=("WEBP",)) as still:
+                        frame = still.convert("RGB")
+                except Exception:  # Pillow's parsers raise almost anything on damaged input
+                    continue
+                yield i, frame if frame.size == size else frame.resize(size, Image.Resampling.BICUBIC)
+            return
         image = self._open()  # anew: where the scan met damage, its reader cannot go back
         for i in indices:
             image.seek(i)
@@ -80,3 +98,7 @@ class Animation:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _shown(milliseconds: float) -> float:
+    return milliseconds if milliseconds >= _SHORTEST else _USUAL
