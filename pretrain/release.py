@@ -21,10 +21,11 @@ from pretrain.loader import PairSource, open_source
 from pretrain.model_card import model_card
 
 
-def release(run: Path, out: Path, validation: Sequence[str], notes: str = "") -> str:
+def release(run: Path, out: Path, validation: Sequence[str], notes: str = "", centering: float = 1.0) -> str:
     """Write `out` from a run's best model and measure it on validation sources; returns the fingerprint.
 
-    The config.yaml of the run says what it was trained on; `notes` is put at the end of the card.
+    The config.yaml of the run says what it was trained on; `notes` is put at the end of the card. Embeddings are
+    shifted by `centering` times the training pairs' means (see DualEncoder).
     """
     config = validate_config(
         PretrainConfig, yaml.safe_load((run / "config.yaml").read_text()), str(run / "config.yaml")
@@ -32,8 +33,8 @@ def release(run: Path, out: Path, validation: Sequence[str], notes: str = "") ->
     encoder, tokenizer, _ = read_model(model_directory(str(run)))
     save_model(out, encoder, tokenizer, weights_dtype="int8")
     images, texts = centers(load_model(str(out)), [open_source(source) for source in config.data.train])
-    encoder.image_center.copy_(images)
-    encoder.text_center.copy_(texts)
+    encoder.image_center.copy_(centering * images)
+    encoder.text_center.copy_(centering * texts)
     save_model(out, encoder, tokenizer, weights_dtype="int8")
     model = load_model(str(out))
     results = {source: evaluate(source, model).directions for source in validation}
@@ -58,6 +59,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--validation", nargs="+", required=True, help="captioned sources, none used for training")
     parser.add_argument("--notes", type=Path)
+    parser.add_argument("--centering", type=float, default=1.0, help="share of the means that is subtracted")
     arguments = parser.parse_args()
     text = arguments.notes.read_text(encoding="utf-8") if arguments.notes else ""
-    print(release(arguments.run, arguments.out, arguments.validation, text))
+    print(release(arguments.run, arguments.out, arguments.validation, text, arguments.centering))
