@@ -55,6 +55,13 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document 
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Pictures encoded at once; by default what suits the device.")
 ]
+ENGINES = "auto, exact, hnsw, ivf or ivfpq"
+RecallTarget = Annotated[
+    float | None,
+    typer.Option(
+        "--recall", metavar="SHARE", help="Of the ten best hits, how many an approximate engine is to find; first 0.95."
+    ),
+]
 Sources = Annotated[
     list[str],
     typer.Argument(metavar="SOURCE...", help="Files, folders, globs, .tar shards, or .jsonl/.csv/.parquet tables."),
@@ -84,6 +91,9 @@ def search(
         str | None, typer.Option(metavar="SQL", help="Only rows that meet a condition, such as \"source = 'holiday'\".")
     ] = None,
     kind: Annotated[str | None, typer.Option(help="image or video.")] = None,
+    mode: Annotated[
+        str, typer.Option(help="vector: by what is shown; text: by words of captions; hybrid: by both.")
+    ] = "vector",
     json_output: JsonFlag = False,
 ) -> None:
     """Search a gallery by words, by a picture, or by both."""
@@ -91,10 +101,14 @@ def search(
         raise typer.BadParameter("give words to look for, --image FILE, or both")
     if kind not in (None, "image", "video"):
         raise typer.BadParameter(f"--kind is image or video, not {kind!r}")
+    if mode not in ("vector", "text", "hybrid"):
+        raise typer.BadParameter(f"--mode is vector, text or hybrid, not {mode!r}")
     picture = _open_picture(image) if image else None
     from index.gallery import open_gallery
 
-    result = open_gallery(_gallery(gallery)).search(query, image=picture, without=without, where=where, kind=kind, k=k)
+    result = open_gallery(_gallery(gallery)).search(
+        query, image=picture, without=without, where=where, kind=kind, k=k, mode=mode
+    )
     if json_output:
         _print_json(result.to_json())
         return
@@ -118,8 +132,13 @@ def index_build(
     model: ModelOption = "embedded",
     prune: Annotated[bool, typer.Option("--prune", help="Remove items whose files are gone.")] = False,
     batch_size: BatchSize = None,
+    engine: Annotated[
+        str | None, typer.Option(metavar="ENGINE", help=f"{ENGINES}; by default what the gallery has, at first auto.")
+    ] = None,
+    recall: RecallTarget = None,
 ) -> None:
     """Create a gallery, or bring it up to date: only new and changed files are embedded."""
+    _require_engine(engine)
     from cots.model.pretrained import load_model
     from index.build import build
 
@@ -130,6 +149,8 @@ def index_build(
             load_model(model),
             prune=prune,
             batch_size=batch_size,
+            engine=engine,
+            recall_target=recall,
             on_error=complain,
             progress=progress,
         )
@@ -173,7 +194,58 @@ def index_info(gallery: GalleryOption = None, json_output: JsonFlag = False) -> 
         _print_json(document)
         return
     for name, value in document.items():
-        typer.echo(f"{name:12} {', '.join(value) if isinstance(value, list) else value}")
+        typer.echo(f"{name:18} {_on_one_line(value)}")
+
+
+@index_app.command("engine")
+def index_engine(
+    engine: Annotated[str, typer.Argument(metavar="ENGINE", help=f"{ENGINES}.")],
+    gallery: GalleryDirectory,
+    recall: RecallTarget = None,
+) -> None:
+    """Change what answers queries, and measure it; nothing is embedded again."""
+    _require_engine(engine)
+    from cots.model.pretrained import load_model
+    from index.engine import set_engine
+    from index.gallery import open_gallery
+
+    model = load_model(open_gallery(gallery).manifest.model)
+    for name, value in set_engine(gallery, engine, recall_target=recall, model=model).items():
+        typer.echo(f"{name:18} {_on_one_line(value)}")
+
+
+@index_app.command("compact")
+def index_compact(gallery: GalleryDirectory) -> None:
+    """Merge the table's fragments, drop removed rows and old versions, and index new captions."""
+    from index.compaction import compact
+
+    report = compact(gallery)
+    typer.echo(
+        f"{gallery}: {report.bytes_before / 1e6:.1f} MB became {report.bytes_after / 1e6:.1f} MB, "
+        f"{report.fragments_before} fragments {report.fragments_after}."
+    )
+
+
+@index_app.command("duplicates")
+def index_duplicates(
+    gallery: GalleryOption = None,
+    threshold: Annotated[float, typer.Option(metavar="COSINE", help="The least similarity of near-duplicates.")] = 0.95,
+    json_output: JsonFlag = False,
+) -> None:
+    """List files that a gallery holds more than once: the same bytes, or nearly the same picture."""
+    from index.duplicates import find_duplicates
+
+    found = find_duplicates(_gallery(gallery), threshold)
+    if json_output:
+        _print_json(found.to_json())
+        return
+    for title, groups in (("the same bytes", found.exact), (f"similar to {threshold:g} or more", found.near)):
+        for group in groups:
+            typer.echo(f"{title} ({group.similarity:.3f})" if group.similarity < 1 else title)
+            for copy in group.copies:
+                typer.echo(f"  {copy.id:8d}  {copy.path}")
+    copies = sum(len(group.copies) - 1 for group in found.exact)
+    typer.echo(f"{copies} superfluous copies in {len(found.exact)} groups; {len(found.near)} groups of similar items.")
 
 
 @index_app.command("check")
@@ -396,6 +468,17 @@ def _progress(verb: str) -> Iterator[tuple[Callable[["Progress"], None], Callabl
 
     with bar:
         yield show, complain
+
+
+def _require_engine(engine: str | None) -> None:
+    if engine is not None and engine not in ("auto", "exact", "hnsw", "ivf", "ivfpq"):
+        raise typer.BadParameter(f"the engine is {ENGINES}, not {engine!r}")
+
+
+def _on_one_line(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {part}" for name, part in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _print_json(document: dict[str, Any]) -> None:

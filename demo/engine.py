@@ -141,6 +141,7 @@ class Engine:
         source: str = "",
         like: int | None = None,
         k: int = 10,
+        mode: str = "vector",
     ) -> SearchResult:
         """Search; empty strings mean "any". See `Searcher.search` for what can be asked and what goes wrong."""
         if not (text.strip() or image is not None or like is not None):
@@ -148,7 +149,9 @@ class Engine:
         where = "source = '{}'".format(source.replace("'", "''")) if source else None
         searcher = self.shelf.searcher
         with self._encoding:  # two at a time would only share the same cores, and a tokenizer serves one thread
-            return searcher.search(text, image=image, without=without, where=where, kind=kind or None, like=like, k=k)
+            return searcher.search(
+                text, image=image, without=without, where=where, kind=kind or None, like=like, k=k, mode=mode
+            )
 
     def keep_picture(self, content: bytes) -> str:
         """Decode a picture that somebody searches by, hold it in memory and name it; the oldest is forgotten.

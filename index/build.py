@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +13,14 @@ import pyarrow.compute as pc
 from cots.data.samples import Sample, iter_samples
 from cots.embed import Progress, embed
 from cots.errors import MediaError
+from index.compaction import tidy
+from index.engine import check_engine, engine_facts, renew_engine
 from index.gallery import Gallery, create_gallery, open_gallery, writing
 from index.known import Change, KnownItems
 from index.writer import TableWriter
 
 if TYPE_CHECKING:
     from cots.model.retrieval_model import RetrievalModel
-
-MANY_FRAGMENTS = 16
-KEEP_VERSIONS = timedelta(days=1)
 
 
 @dataclass
@@ -69,6 +67,8 @@ def build(
     batch_size: int | None = None,
     workers: int | None = None,
     max_bad_share: float = 1.0,
+    engine: str | None = None,
+    recall_target: float | None = None,
     on_error: Callable[[MediaError], None] = lambda error: None,
     progress: Callable[[Progress], None] | None = None,
 ) -> BuildReport:
@@ -82,12 +82,16 @@ def build(
         model: must be the one that built the gallery.
         prune: remove the items whose files are gone, from whichever source they came.
         batch_size, workers, max_bad_share, progress: see `cots.embed.embed`.
+        engine, recall_target: what answers queries, see `index.engine`; None keeps what the gallery has.
         on_error: called with each file that cannot be read; the report lists them too.
 
     Raises:
         SourceError: a source does not exist or holds no media; or too many files are unreadable.
-        GalleryError: another model built the gallery, or another process is changing it.
+        GalleryError: another model built the gallery, another process is changing it, it cannot be written to, or
+            there is no such engine.
+        MissingDependency: the engine needs FAISS, which is not installed.
     """
+    check_engine(engine, recall_target)
     started = time.perf_counter()
     report = BuildReport()
 
@@ -126,8 +130,10 @@ def build(
             writer.commit()
             gallery.manifest.with_next_id(writer.next_id).write(directory)
         _settle_missing(gallery, known.missing(), prune, report)
-        _tidy(gallery, fresh)
-        snapshot = open_gallery(directory).snapshot
+        tidy(gallery, fresh)
+        gallery = open_gallery(directory)
+        renew_engine(gallery, engine, recall_target, model)
+        snapshot = gallery.snapshot
     report.items, report.vectors = int((~snapshot.moments).sum()), len(snapshot)
     report.seconds = time.perf_counter() - started
     return report
@@ -170,13 +176,12 @@ def info(gallery_dir: str | Path) -> dict[str, Any]:
         "model": manifest.model,
         "fingerprint": manifest.fingerprint,
         "dimension": manifest.dimension,
-        "engine": manifest.engine,
         "version": snapshot.version,
         "format": manifest.format,
         "dtype": manifest.dtype,
         "created": manifest.created,
         "sources": sorted(set(snapshot.rows["source"].unique().to_pylist())),
-    }
+    } | engine_facts(gallery)
 
 
 def _reserve_ids(gallery: Gallery) -> int:
@@ -221,10 +226,3 @@ def _settle_missing(gallery: Gallery, missing: list[tuple[int, str]], prune: boo
         report.pruned = len(missing)
     else:
         report.missing = [gallery.absolute_path(path) for _, path in missing]
-
-
-def _tidy(gallery: Gallery, fresh: bool) -> None:
-    """Merge many small fragments into one. Versions before the first complete one have no readers and are dropped."""
-    statistics: dict[str, Any] = gallery.table.stats()  # type: ignore[assignment]  # annotated as a class, is a dict
-    if fresh or statistics["fragment_stats"]["num_fragments"] > MANY_FRAGMENTS:
-        gallery.table.optimize(cleanup_older_than=timedelta(milliseconds=1) if fresh else KEEP_VERSIONS)

@@ -41,7 +41,7 @@ def check(gallery_dir: str | Path, model: "RetrievalModel | None" = None) -> lis
     if found != wanted:
         names = sorted({column.name for column in found ^ wanted})
         return [*problems, f"The table's columns are not those that the manifest implies: {', '.join(names)}."]
-    table = Snapshot.of(gallery.read_rows(), gallery.version)
+    table = Snapshot.of(*gallery.read_rows())
     problems += _check_rows(table) + _check_vectors(table) + _check_snapshot(gallery, table)
     return problems + _check_media(gallery, table)
 

@@ -10,11 +10,11 @@ permission to write.
 
 import fcntl
 import mimetypes
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 TABLE = "vectors"
 LOCK = ".lock"
 _LAST_VERSION = 2**64 - 1
+T = TypeVar("T")
 
 
 def schema(dimension: int) -> pa.Schema:
@@ -128,11 +129,32 @@ class Gallery:
         """The table as it is when first asked for, laid out for search. To see a newer one, open the gallery again."""
         return load_snapshot(self.directory, self.version, self.read_rows)
 
-    def read_rows(self) -> pa.Table:
-        """The rows of the table's latest version as a snapshot has them: its `COLUMNS`, sorted by (item, id)."""
-        self.table.checkout_latest()
-        rows = self.table.search().select(list(COLUMNS)).to_arrow()
-        return rows.sort_by([("item", "ascending"), ("id", "ascending")]).combine_chunks()
+    def read_rows(self) -> tuple[pa.Table, int]:
+        """The rows of the table's latest version as a snapshot has them, and that version.
+
+        They have its `COLUMNS` and are sorted by (item, id).
+        """
+
+        def read(table: "Table") -> tuple[pa.Table, int]:
+            return table.search().select(list(COLUMNS)).to_arrow(), table.version
+
+        rows, version = self.read_latest(read)
+        return rows.sort_by([("item", "ascending"), ("id", "ascending")]).combine_chunks(), version
+
+    def read_latest(self, read: "Callable[[Table], T]") -> T:
+        """What `read` gives of the table's latest version; again of a newer one if a compaction removed that meanwhile.
+
+        Raises:
+            ValueError, RuntimeError, OSError: the reading failed though the version is there.
+        """
+        while True:
+            self.table.checkout_latest()
+            version = self.table.version
+            try:
+                return read(self.table)
+            except (ValueError, RuntimeError, OSError):
+                if self.version == version:
+                    raise
 
     def require(self, model: "RetrievalModel") -> None:
         """Refuse a model whose vectors cannot be compared with this gallery's.
@@ -148,9 +170,8 @@ class Gallery:
         Raises:
             GalleryError: the condition cannot be parsed or names an unknown column; the message lists those that exist.
         """
-        self.table.checkout_latest()
         try:
-            found = self.table.search().where(where).select(["id"]).to_arrow()
+            found = self.read_latest(lambda table: table.search().where(where).select(["id"]).to_arrow())
         except (ValueError, RuntimeError) as error:
             raise bad_filter(where, error, self.table.schema.names) from error
         return found["id"].to_numpy()

@@ -10,6 +10,38 @@ from cots.errors import GalleryError
 
 FORMAT = 1
 NAME = "manifest.json"
+_LATER = ("requested", "recall_target", "structure")  # fields that manifests of format 1 need not have
+
+
+@dataclass(frozen=True)
+class StructureRecord:
+    """A search structure on disk: derived from the table, and made again from it when it is lost.
+
+    Attributes:
+        kind: "hnsw", "ivf" or "ivfpq".
+        file, rows_file: in the gallery's folder `search`; their names end in their checksums.
+        version: of the table that it was made from.
+        vectors: number of vectors in it.
+        breadth, proposals: the tuned effort, see `index.ann.Effort`.
+        recall: share of the truly best 1, 10 and 100 rows that are found, by "1", "10" and "100".
+        queries: what it was measured with.
+        build_seconds: to make it, without tuning.
+        bytes_per_vector: of its files.
+        latency_ms: of one query for 10 rows, when it was made: "p50" and "p99".
+    """
+
+    kind: str
+    file: str
+    rows_file: str
+    version: int
+    vectors: int
+    breadth: int
+    proposals: int
+    recall: dict[str, float]
+    queries: str
+    build_seconds: float
+    bytes_per_vector: float
+    latency_ms: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -21,10 +53,13 @@ class Manifest:
         fingerprint: hash of the model's weights, transform and tokenizer. A query must come from a model of the same.
         dimension: D of the vectors.
         dtype: type of the stored vectors.
-        engine: what answers queries.
+        engine: what answers queries: "exact", "hnsw", "ivf" or "ivfpq".
+        requested: the engine that was asked for: one of these, or "auto".
+        recall_target: of an approximate engine, at 10, of 1.
         created: ISO 8601, UTC.
         next_id: ids that removed rows have had are below it, so that none is given twice.
         format: version of the gallery's layout.
+        structure: the files of an approximate engine, how they were made, and what was measured; None of an exact one.
     """
 
     model: str
@@ -32,9 +67,12 @@ class Manifest:
     dimension: int
     dtype: str = "float16"
     engine: str = "exact"
+    requested: str = "auto"
+    recall_target: float = 0.95
     created: str = ""
     next_id: int = 0
     format: int = FORMAT
+    structure: "StructureRecord | None" = None
 
     @classmethod
     def for_model(cls, name: str, fingerprint: str, dimension: int) -> "Manifest":
@@ -70,10 +108,15 @@ class Manifest:
                 f"The gallery {directory} has format {written}, newer than this version reads ({FORMAT}); upgrade cots."
             )
         try:
-            return cls(**{field.name: values[field.name] for field in fields(cls)})
-        except KeyError as error:
+            values = {field.name: values[field.name] for field in fields(cls) if field.name not in _LATER} | {
+                name: values[name] for name in _LATER if name in values
+            }
+            if values.get("structure") is not None:
+                values["structure"] = StructureRecord(**values["structure"])
+            return cls(**values)
+        except (KeyError, TypeError) as error:
             raise GalleryError(
-                f"{path} lacks {error}; restore it, or build the gallery again in a new directory."
+                f"{path} is not complete ({error}); restore it, or build the gallery again in a new directory."
             ) from error
 
     def write(self, directory: Path) -> None:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from cots.errors import GalleryError
 from cots.single_core import single_core_threads
-from index.exact import ExactIndex
+from index.captions import find_captions, fuse
+from index.engine import open_engine
 from index.gallery import Gallery
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 NEGATIVE_WEIGHT = 0.5
 KINDS = ("image", "video")
+MODES = ("vector", "text", "hybrid")
+FUSED = 100  # items of each ranking that are fused, at least
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Hit:
 
     Attributes:
         rank: from 1.
-        score: cosine between the query and the item's best vector.
+        score: cosine between the query and the item's best vector; in a search of captions their BM25 score, in a
+            hybrid search the sum of reciprocal ranks.
         path: where the file lies, absolute; "SHARD.tar::MEMBER" for a member of a shard.
         kind: "image" or "video".
         caption: the item's captions, joined; may be empty.
@@ -106,7 +110,7 @@ class Searcher:
         self.gallery = gallery
         self.model = model
         self.snapshot = gallery.snapshot
-        self.index = ExactIndex(self.snapshot.vectors, self.snapshot.ids)
+        self.index = open_engine(gallery, model)
         self._sentences = single_core_threads(1, "sentences")
 
     def search(
@@ -119,6 +123,7 @@ class Searcher:
         where: str | None = None,
         kind: str | None = None,
         k: int = 10,
+        mode: str = "vector",
     ) -> SearchResult:
         """Find the k items nearest to a query.
 
@@ -130,18 +135,30 @@ class Searcher:
             where: an SQL condition on the table's columns.
             kind: "image" or "video" only.
             k: number of items.
+            mode: "vector" compares what the items show; "text" finds the text's words in captions, so that items
+                without them are no hits; "hybrid" ranks both ways and fuses the rankings.
 
         Raises:
-            GalleryError: there is no wish, k is below 1, the kind or id is unknown, or the condition cannot be used.
+            GalleryError: there is no wish, k is below 1, the kind, mode or id is unknown, the condition cannot be used,
+                or captions are asked for and there are none, or no words to find in them.
         """
         if k < 1:
             raise GalleryError(f"k is {k}; ask for at least one hit.")
         result = SearchResult((text or "").strip(), self.model.name)
+        without = (without or "").strip()
+        _require_mode(mode, result.query, vector_wishes=image is not None or like is not None or bool(without))
         with result.timing("encode"):
-            query = self._encode(result.query, image, (without or "").strip(), like)
+            query = self._encode(result.query, image, without, like)
         with result.timing("search"):
             allowed = self._allowed(where, kind, like)
-            found = self._best_items(query, k, allowed)
+            if mode == "vector":
+                found = self._best_items(query, k, allowed)
+            elif mode == "text":
+                found = self._best_captions(result.query, k, allowed)
+            else:
+                depth = max(k, FUSED)
+                rankings = (self._best_items(query, depth, allowed), self._best_captions(result.query, depth, allowed))
+                found = fuse([[item for item, _ in ranking] for ranking in rankings])[:k]
         with result.timing("fetch"):
             result.hits = [self._hit(rank, *item, query, allowed) for rank, item in enumerate(found, start=1)]
         return result
@@ -192,6 +209,23 @@ class Searcher:
                 return [(int(items[row]), float(scores[0, row])) for row in best]
             fetch *= 4
 
+    def _best_captions(self, text: str, k: int, allowed: np.ndarray | None) -> list[tuple[int, float]]:
+        """The k items whose captions match best, with their scores. Rows are fetched as in `_best_items`."""
+        if not len(self.snapshot):
+            return []
+        fetch = 4 * k
+        while True:
+            ids, scores = find_captions(self.gallery, text, fetch)
+            positions = self.snapshot.find(ids)  # -1: the captions are those of the table's latest version
+            usable = positions >= 0
+            if allowed is not None:
+                usable &= allowed[positions]
+            items, scores = self.snapshot.items[positions[usable]], scores[usable]
+            distinct, first = np.unique(items, return_index=True)
+            if len(distinct) >= k or len(ids) < fetch:
+                return [(int(items[row]), float(scores[row])) for row in np.sort(first)[:k]]
+            fetch *= 4
+
     def _hit(self, rank: int, item: int, score: float, query: np.ndarray, allowed: np.ndarray | None) -> Hit:
         """Read an item's row; of a video the best moment that the filter allows."""
         rows = self.snapshot.rows_of(item)
@@ -204,6 +238,18 @@ class Searcher:
         scores = self.snapshot.vectors[candidates].astype(np.float32) @ query
         row = self.snapshot.row(int(candidates[np.argmax(scores)]))
         return Hit.of_row(row, self.gallery, rank, score)
+
+
+def _require_mode(mode: str, text: str, vector_wishes: bool) -> None:
+    if mode not in MODES:
+        raise GalleryError(f"There is no mode {mode!r}; search by {', '.join(MODES[:-1])} or {MODES[-1]}.")
+    if mode != "vector" and not text:
+        raise GalleryError(f"There are no words to find in captions; give a text, or do not ask for the mode {mode}.")
+    if mode == "text" and vector_wishes:
+        raise GalleryError(
+            "Pictures, rows to be like and words to leave out are compared as vectors, which the mode text does not "
+            "use; use the mode hybrid."
+        )
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:

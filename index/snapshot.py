@@ -5,8 +5,6 @@ Reading it needs neither LanceDB, whose import takes seconds, nor a copy of the 
 is missing, of another version or damaged.
 """
 
-import hashlib
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from index.checksum import checksum, scratch_name
 
 FOLDER = "search"
 COLUMNS = (
@@ -74,11 +74,16 @@ class Snapshot:
 
     def positions(self, ids: np.ndarray) -> np.ndarray:
         """(M,) ids -> the positions of those that the snapshot holds, in the order of `ids`."""
+        found = self.find(ids)
+        return found[found >= 0]
+
+    def find(self, ids: np.ndarray) -> np.ndarray:
+        """(M,) ids -> their positions (M,), -1 for an id that the snapshot does not hold."""
         if not len(self):
-            return np.empty(0, np.int64)
+            return np.full(len(ids), -1)
         found = np.searchsorted(self.ids, ids, sorter=self._by_id)
         found = self._by_id[np.minimum(found, len(self) - 1)]
-        return found[self.ids[found] == ids]
+        return np.where(self.ids[found] == ids, found, -1)
 
     def row(self, position: int) -> dict[str, Any]:
         """The row at a position, without its vector."""
@@ -90,37 +95,40 @@ class Snapshot:
         return slice(int(first), int(behind))
 
 
-def load_snapshot(gallery: Path, version: int, read_rows: Callable[[], pa.Table]) -> Snapshot:
+def load_snapshot(gallery: Path, version: int, read_rows: Callable[[], tuple[pa.Table, int]]) -> Snapshot:
     """Map the snapshot of this version of the table; without a sound one, read the rows from the table and write it.
 
     Args:
         gallery: directory of the gallery.
         version: the table's version.
-        read_rows: reads the columns `COLUMNS` of that version from the table, sorted by (item, id).
+        read_rows: reads the columns `COLUMNS` of the latest version, which may be a newer one if somebody writes,
+            sorted by (item, id), and that version.
     """
     for path in (gallery / FOLDER).glob(f"snapshot-{version}-*.arrow"):
-        content = _map(path)
-        if _checksum(content) == path.stem.rpartition("-")[2]:
-            return Snapshot.of(pa.ipc.open_file(content).read_all(), version)
-    rows = read_rows()
+        with suppress(OSError, pa.ArrowInvalid):  # removed meanwhile by who wrote a newer one; or an empty file
+            content = _map(path)
+            if checksum(content) == path.stem.rpartition("-")[2]:
+                return Snapshot.of(pa.ipc.open_file(content).read_all(), version)
+    rows, version = read_rows()
     with suppress(OSError):  # a read-only place or a full disk costs only the time of the next opening
         _write(gallery / FOLDER, version, rows)
     return Snapshot.of(rows, version)
 
 
 def _write(folder: Path, version: int, rows: pa.Table) -> None:
-    """Write the snapshot of a version, whole or not at all, and remove those of other versions."""
+    """Write the snapshot of a version, whole or not at all, and remove those of older versions."""
     folder.mkdir(exist_ok=True)
-    scratch = folder / f".snapshot.{os.getpid()}"
+    scratch = folder / scratch_name("snapshot")
     try:
         with pa.OSFile(str(scratch), "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:
             writer.write_table(rows)
-        target = folder / f"snapshot-{version}-{_checksum(_map(scratch))}.arrow"
+        target = folder / f"snapshot-{version}-{checksum(_map(scratch))}.arrow"
         scratch.replace(target)
     finally:
         scratch.unlink(missing_ok=True)
     for path in folder.glob("snapshot-*.arrow"):
-        if path != target:
+        older = int(path.stem.split("-")[1]) <= version
+        if older and path != target:
             path.unlink(missing_ok=True)
 
 
@@ -136,7 +144,3 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
 
 def _flags(column: pa.ChunkedArray) -> np.ndarray:
     return _numbers(column.cast(pa.uint8())).view(bool)
-
-
-def _checksum(content: pa.Buffer) -> str:
-    return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -1,0 +1,89 @@
+"""Full-text search of captions, by the inverted index that LanceDB keeps beside the table, and its fusion with vectors.
+
+The index is made when the first captions come and grows at the end of a build. Rows that came later are found as well:
+LanceDB reads their captions one by one.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from cots.errors import GalleryError
+
+if TYPE_CHECKING:
+    from index.gallery import Gallery
+
+COLUMN = "caption"
+UNINDEXED_SHARE = 0.1
+RRF_CONSTANT = 60.0
+
+
+def index_captions(gallery: "Gallery") -> None:
+    """Make the full-text index if there are captions, and take in new ones if many. The caller holds the lock."""
+    found = caption_index(gallery)
+    if found is not None:
+        if found.num_unindexed_rows > UNINDEXED_SHARE * max(found.num_indexed_rows or 0, 1):
+            gallery.table.optimize()
+    elif gallery.table.count_rows(f"{COLUMN} != ''"):
+        from lancedb.index import FTS
+
+        gallery.table.create_index(COLUMN, config=FTS())
+
+
+def caption_index(gallery: "Gallery") -> Any | None:
+    """LanceDB's description of the full-text index; None if there is none."""
+    indices = gallery.table.list_indices()
+    return next((found for found in indices if list(found.columns) == [COLUMN]), None)
+
+
+def find_captions(gallery: "Gallery", text: str, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows whose captions share words with a text, after stemming and without words such as "the".
+
+    Args:
+        gallery: whose captions are read, as they are in the latest version of the table.
+        text: any words; all count, none is needed, and punctuation has no meaning.
+        limit: most rows to give.
+
+    Returns:
+        ids (M,) int64 and their BM25 scores (M,) float32, descending; equal scores by id.
+
+    Raises:
+        GalleryError: the captions have no index yet.
+    """
+
+    def search(table: Any) -> pa.Table:
+        return table.search(text, query_type="fts").select(["id", "_score"]).limit(limit).to_arrow()
+
+    gallery.table.checkout_latest()
+    if caption_index(gallery) is None:
+        if not gallery.table.count_rows(f"{COLUMN} != ''"):
+            raise GalleryError(
+                f"The gallery {gallery.directory} has no captions to search; use --mode vector, or build it from a "
+                "source that has captions."
+            )
+        raise GalleryError(
+            f"The captions of the gallery {gallery.directory} are not indexed; "
+            f"index them with: cots index compact --gallery {gallery.directory}"
+        )
+    found = gallery.read_latest(search)
+    ids, scores = found["id"].to_numpy(), found["_score"].to_numpy()
+    order = np.lexsort((ids, -scores))
+    return ids[order], scores[order]
+
+
+def fuse(rankings: Sequence[Sequence[int]]) -> list[tuple[int, float]]:
+    """Reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009): the sum over rankings of 1 / (60 + rank).
+
+    Args:
+        rankings: items, best first, each at most once a ranking.
+
+    Returns:
+        all items with their sums, best first; equal sums in the order of the first ranking, then of the next.
+    """
+    scores: dict[int, float] = {}
+    for ranking in rankings:
+        for rank, item in enumerate(ranking, start=1):
+            scores[item] = scores.get(item, 0.0) + 1 / (RRF_CONSTANT + rank)
+    return sorted(scores.items(), key=lambda pair: -pair[1])

@@ -1,0 +1,76 @@
+"""Keep a gallery small and quick: merge fragments, forget old versions, take new captions into the full-text index."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from index.captions import index_captions
+from index.checksum import remove_scratch
+from index.gallery import Gallery, open_gallery, writing
+from index.snapshot import FOLDER
+
+MANY_FRAGMENTS = 16
+KEEP_VERSIONS = timedelta(days=1)
+NONE_KEPT = timedelta(milliseconds=1)
+
+
+@dataclass(frozen=True)
+class CompactReport:
+    """Bytes on disk and fragments of the table, before and after."""
+
+    bytes_before: int
+    bytes_after: int
+    fragments_before: int
+    fragments_after: int
+
+
+def compact(gallery_dir: str | Path) -> CompactReport:
+    """Rewrite the table without deleted rows and in few fragments, and remove all its older versions.
+
+    Rows, ids and vectors stay as they are. Who is reading goes on: open searches hold what they have mapped, and a
+    filter whose version is removed while it is read is read again.
+
+    Raises:
+        GalleryError: there is no gallery, or another process is changing it.
+    """
+    open_gallery(gallery_dir)
+    with writing(gallery_dir) as directory:
+        gallery = open_gallery(directory)
+        before, fragments = _size(directory), _fragments(gallery)
+        index_captions(gallery)
+        gallery.table.optimize(cleanup_older_than=NONE_KEPT)
+        remove_scratch(directory / FOLDER)
+        compacted = open_gallery(directory)
+        assert len(compacted.snapshot) == compacted.table.count_rows()
+        return CompactReport(before, _size(directory), fragments, _fragments(compacted))
+
+
+def tidy(gallery: Gallery, fresh: bool) -> None:
+    """After a build: merge many small fragments, and index captions. The caller holds the lock.
+
+    Args:
+        gallery: what was built.
+        fresh: the build began it, so that no version but the last has readers.
+    """
+    index_captions(gallery)
+    if fresh or _fragments(gallery) > MANY_FRAGMENTS:
+        gallery.table.optimize(cleanup_older_than=NONE_KEPT if fresh else KEEP_VERSIONS)
+    remove_scratch(gallery.directory / FOLDER)
+
+
+def _fragments(gallery: Gallery) -> int:
+    statistics: dict[str, Any] = gallery.table.stats()  # type: ignore[assignment]  # annotated as a class, is a dict
+    return statistics["fragment_stats"]["num_fragments"]
+
+
+def _size(directory: Path) -> int:
+    """Bytes of all files that COTS writes there; media that lie in the gallery are not counted."""
+    folders = [path for path in directory.iterdir() if path.suffix == ".lance" or path.name == FOLDER]
+    return sum(
+        os.path.getsize(os.path.join(root, name))
+        for folder in folders
+        for root, _, names in os.walk(folder)
+        for name in names
+    )

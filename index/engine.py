@@ -1,0 +1,252 @@
+"""Which engine answers a gallery's queries: chosen from size, memory and a recall target, made, kept right, replaced.
+
+exact    every vector is compared; no structure
+hnsw, ivf, ivfpq    see `index.ann`
+auto     the quickest of these that fits in memory
+"""
+
+import logging
+import time
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from cots.errors import CotsError, GalleryError
+from index.ann import HNSW_LINKS, AnnIndex, Effort, installed_faiss, make_structure
+from index.exact import ExactIndex
+from index.gallery import Gallery, open_gallery, writing
+from index.manifest import StructureRecord
+from index.memory import available_memory
+from index.snapshot import FOLDER, Snapshot
+from index.structures import STALE_SHARE, UnusableStructure, read_structure, remove_structures, write_structure
+from index.tuning import draw_queries, tune
+
+if TYPE_CHECKING:
+    from cots.model.retrieval_model import RetrievalModel
+
+ENGINES = ("auto", "exact", "hnsw", "ivf", "ivfpq")
+EXACT_NUMBERS = 50_000_000  # of vectors times dimensions: two cores read so many in 15 ms
+HNSW_VECTORS = 2_000_000  # a graph of more takes hours to make on a few cores
+MEMORY_SHARE = 0.5
+QUICK_SECONDS = 30.0  # a structure that was made in less is made again by whoever finds it unusable
+log = logging.getLogger("cots")
+
+
+class SearchEngine(Protocol):
+    """What answers: `index.exact.ExactIndex`, `index.ann.AnnIndex`."""
+
+    kind: str
+
+    def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The k best of the allowed rows for each query: scores (Q, K) and ids (Q, K), best first."""
+
+
+def choose_engine(count: int, dimension: int, memory: int) -> str:
+    """What "auto" stands for.
+
+    Args:
+        count, dimension: of the vectors.
+        memory: available bytes; a structure may take half of them.
+    """
+    if count * dimension <= EXACT_NUMBERS or find_spec("faiss") is None:
+        return "exact"
+    room = MEMORY_SHARE * memory
+    if count <= HNSW_VECTORS and count * (2 * dimension + 8 * HNSW_LINKS + 16) <= room:
+        return "hnsw"
+    return "ivf" if count * (2 * dimension + 16) <= room else "ivfpq"
+
+
+def open_engine(gallery: Gallery, model: "RetrievalModel | None" = None) -> SearchEngine:
+    """The engine that answers for a gallery's snapshot.
+
+    A structure that is lost, damaged or too old is never used: if it was made in seconds it is made again, else all
+    vectors are compared, which gives the same hits later. A warning says so.
+
+    Args:
+        gallery: to be searched.
+        model: what built it, for queries to tune with; without it noisy vectors do.
+    """
+    record = gallery.manifest.structure
+    if record is None:
+        return _exact(gallery.snapshot)
+    try:
+        return read_structure(gallery.directory, record, gallery.snapshot)
+    except CotsError as error:  # FAISS is not installed here
+        log.warning("%s; until then every vector is compared.", error)
+        return _exact(gallery.snapshot)
+    except UnusableStructure as error:
+        problem = f"The search structure of {gallery.directory} cannot be used ({error})"
+    gallery.manifest = open_gallery(gallery.directory).manifest
+    if gallery.manifest.structure != record:  # somebody has just put another in its place
+        return open_engine(gallery, model)
+    command = f"cots index engine {record.kind} --gallery {gallery.directory}"
+    if record.build_seconds > QUICK_SECONDS:
+        log.warning("%s; every vector is compared until you make it again: %s", problem, command)
+        return _exact(gallery.snapshot)
+    try:
+        with writing(gallery.directory):
+            current = open_gallery(gallery.directory)
+            made = _make(current, record.kind, current.manifest.recall_target, model)
+            engine = read_structure(gallery.directory, made, gallery.snapshot)
+    except (GalleryError, UnusableStructure):
+        log.warning("%s; every vector is compared, because it cannot be made again just now: %s", problem, command)
+        return _exact(gallery.snapshot)
+    log.warning("%s; it was made again.", problem)
+    return engine
+
+
+def set_engine(
+    gallery_dir: str | Path,
+    engine: str,
+    *,
+    recall_target: float | None = None,
+    model: "RetrievalModel | None" = None,
+) -> dict[str, Any]:
+    """Change what answers a gallery's queries. Nothing is embedded again.
+
+    Args:
+        gallery_dir: the gallery.
+        engine: one of `ENGINES`.
+        recall_target: at 10, above 0 and at most 1; by default what the gallery has.
+        model: what built the gallery, to tune with captions.
+
+    Returns:
+        what `index.build.info` says of the engine.
+
+    Raises:
+        GalleryError: there is no gallery or no such engine, the target is out of range, or another process is writing.
+        MissingDependency: the engine needs FAISS, which is not installed.
+    """
+    open_gallery(gallery_dir)
+    with writing(gallery_dir) as directory:
+        gallery = open_gallery(directory)
+        renew_engine(gallery, engine, recall_target, model, anew=True)
+    return engine_facts(open_gallery(gallery_dir))
+
+
+def check_engine(engine: str | None, recall_target: float | None) -> None:
+    """Refuse what `renew_engine` would, before work is spent.
+
+    Raises:
+        GalleryError: there is no such engine, or the target is out of range.
+        MissingDependency: the engine needs FAISS, which is not installed.
+    """
+    if engine is not None and engine not in ENGINES:
+        raise GalleryError(f"There is no engine {engine!r}; use {', '.join(ENGINES[:-1])} or {ENGINES[-1]}.")
+    if recall_target is not None and not 0 < recall_target <= 1:
+        raise GalleryError(f"The recall target is {recall_target:g}; give a share above 0 and at most 1, such as 0.95.")
+    if engine not in (None, "auto", "exact"):
+        installed_faiss()
+
+
+def renew_engine(
+    gallery: Gallery,
+    engine: str | None = None,
+    recall_target: float | None = None,
+    model: "RetrievalModel | None" = None,
+    anew: bool = False,
+) -> None:
+    """Bring the engine up to date with the table. The caller holds the lock and has the latest manifest.
+
+    Args:
+        gallery: opened after the last change.
+        engine, recall_target: see `set_engine`; None keeps what was asked for before.
+        model: see `set_engine`.
+        anew: make the structure though one of its kind and target fits.
+    """
+    check_engine(engine, recall_target)
+    manifest = gallery.manifest
+    target = manifest.recall_target if recall_target is None else recall_target
+    requested = engine or manifest.requested
+    snapshot = gallery.snapshot
+    kind = requested
+    if requested == "auto":
+        kind = choose_engine(len(snapshot), gallery.manifest.dimension, available_memory())
+    gallery.manifest = replace(manifest, requested=requested, recall_target=target)
+    if kind == "exact" or not len(snapshot):
+        gallery.manifest = replace(gallery.manifest, engine="exact", structure=None)
+        gallery.manifest.write(gallery.directory)
+        remove_structures(gallery.directory, keep=None)
+    elif anew or target != manifest.recall_target or not _fits(gallery, kind):
+        _make(gallery, kind, target, model)
+    else:
+        gallery.manifest.write(gallery.directory)
+
+
+def engine_facts(gallery: Gallery) -> dict[str, Any]:
+    """What `cots index info` says of the engine; of an exact one only its name and what was asked for."""
+    manifest = gallery.manifest
+    facts: dict[str, Any] = {"engine": manifest.engine, "requested": manifest.requested}
+    record = manifest.structure
+    if record is None:
+        return facts
+    measured = {
+        "recall_target": manifest.recall_target,
+        "recall": record.recall,
+        "recall_queries": record.queries,
+        "build_seconds": record.build_seconds,
+        "bytes_per_vector": record.bytes_per_vector,
+        "latency_ms": record.latency_ms,
+        "breadth": record.breadth,
+        "proposals": record.proposals,
+        "structure_vectors": record.vectors,
+        "structure_version": record.version,
+    }
+    return facts | measured
+
+
+def _fits(gallery: Gallery, kind: str) -> bool:
+    """Whether the structure on disk is of this kind, sound, and near enough to the table."""
+    record = gallery.manifest.structure
+    if record is None or record.kind != kind:
+        return False
+    try:
+        index = read_structure(gallery.directory, record, gallery.snapshot, mapped=True)
+    except UnusableStructure:
+        return False
+    return len(index.uncovered) <= STALE_SHARE / 2 * len(gallery.snapshot)
+
+
+def _make(gallery: Gallery, kind: str, target: float, model: "RetrievalModel | None") -> StructureRecord:
+    """Make, measure and write a structure; then, in one step, have the manifest name it. The caller holds the lock."""
+    snapshot = gallery.snapshot
+    started = time.perf_counter()
+    structure = make_structure(kind, snapshot.vectors)
+    seconds = time.perf_counter() - started
+    index = AnnIndex(structure, kind, Effort(1), snapshot.vectors, snapshot.ids)
+    measured = tune(index, snapshot.vectors, draw_queries(snapshot, model), target)
+    file, rows_file = write_structure(gallery.directory, structure, kind, snapshot)
+    size = sum((gallery.directory / FOLDER / name).stat().st_size for name in (file, rows_file))
+    record = StructureRecord(
+        kind=kind,
+        file=file,
+        rows_file=rows_file,
+        version=snapshot.version,
+        vectors=len(snapshot),
+        breadth=index.effort.breadth,
+        proposals=index.effort.proposals,
+        recall=measured.recall,
+        queries=measured.queries,
+        build_seconds=round(seconds, 2),
+        bytes_per_vector=round(size / len(snapshot), 1),
+        latency_ms=measured.latency_ms,
+    )
+    gallery.manifest = replace(gallery.manifest, engine=kind, structure=record)
+    gallery.manifest.write(gallery.directory)
+    remove_structures(gallery.directory, keep=record)
+    if measured.recall.get("10", 1.0) < target:
+        log.warning(
+            "The engine %s finds %.1f %% of the ten best, less than the target of %.1f %%.",
+            kind, 100 * measured.recall["10"], 100 * target,
+        )  # fmt: skip
+    return record
+
+
+def _exact(snapshot: Snapshot) -> ExactIndex:
+    """All vectors as float32 in memory, or as they lie on disk where that does not fit."""
+    if 4 * snapshot.vectors.size > MEMORY_SHARE * available_memory():
+        return ExactIndex(snapshot.vectors, snapshot.ids, faiss=None)
+    return ExactIndex(snapshot.vectors, snapshot.ids)

@@ -1,0 +1,129 @@
+"""How well a structure finds what exact search finds, and how hard it has to look to reach a target.
+
+Recall is measured with text, because that is what people ask with: images and captions lie in different parts of the
+space, and a structure that finds an image's neighbours with ease may miss a sentence's. Half of the queries choose the
+effort, the other half are asked only once, for the figures that are reported.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from index.ann import AnnIndex, Effort
+from index.exact import exact_search
+
+if TYPE_CHECKING:
+    from cots.model.retrieval_model import RetrievalModel
+    from index.snapshot import Snapshot
+
+QUERIES = 512
+FEW_CAPTIONS = 32
+NOISE = 1.0  # norm of what is added to a unit vector: the cosine to it becomes about 0.7
+DEPTHS = (1, 10, 100)
+TUNED_DEPTH = 10
+TIMED_QUERIES = 100
+PROPOSALS = (4, 16, 64)
+SCORE_ERROR = 1e-6
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Queries (Q, D) float32 of unit norm, and what they are: "captions" or "noisy vectors"."""
+
+    vectors: np.ndarray
+    origin: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the held-out queries showed.
+
+    Attributes:
+        recall: share of the truly best 1, 10 and 100 rows that are found, by "1", "10" and "100".
+        latency_ms: of one query for 10 rows: "p50" and "p99".
+        queries: how many, and of what origin.
+    """
+
+    recall: dict[str, float]
+    latency_ms: dict[str, float]
+    queries: str
+
+
+def draw_queries(snapshot: "Snapshot", model: "RetrievalModel | None") -> Queries:
+    """Queries such as a gallery will get: its own captions, embedded by its model; else its vectors with noise.
+
+    Args:
+        snapshot: of at least one row.
+        model: the gallery's; None if there is none at hand.
+    """
+    rng = np.random.default_rng(1)
+    captions = snapshot.rows.filter(~snapshot.moments)["caption"].unique().to_pylist() if model else []
+    captions = [caption for caption in captions if caption]
+    if model is not None and len(captions) >= FEW_CAPTIONS:
+        chosen = rng.permutation(len(captions))[:QUERIES]
+        sentences = [_one_of(captions[row].splitlines(), rng) for row in chosen]
+        return Queries(model.encode_texts(sentences).numpy().astype(np.float32), "captions")
+    rows = rng.integers(0, len(snapshot), min(QUERIES, 4 * len(snapshot)))
+    vectors = snapshot.vectors[rows].astype(np.float32)
+    noise = rng.standard_normal(vectors.shape).astype(np.float32)
+    vectors += NOISE * noise / np.linalg.norm(noise, axis=1, keepdims=True)
+    return Queries(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), "noisy vectors")
+
+
+def _one_of(sentences: list[str], rng: np.random.Generator) -> str:
+    return sentences[rng.integers(len(sentences))]
+
+
+def tune(index: AnnIndex, vectors: np.ndarray, queries: Queries, target: float) -> Measured:
+    """Set the least effort at which an index reaches a recall at 10, or the greatest, and measure it.
+
+    Args:
+        index: over all of the vectors.
+        vectors: (N, D) of the snapshot.
+        queries: at least two.
+        target: recall at 10, of 1.
+    """
+    chosen, held_out = queries.vectors[::2], queries.vectors[1::2]
+    truth, _ = exact_search(vectors, chosen, TUNED_DEPTH)
+    _set_effort(index, chosen, truth, target)
+    truth, _ = exact_search(vectors, held_out, max(DEPTHS))
+    recall = {
+        str(depth): round(float(_recall(index, held_out, truth[:, :depth]).mean()), 4)
+        for depth in DEPTHS
+        if truth.shape[1] >= depth
+    }
+    return Measured(recall, _latency(index, held_out), f"{len(held_out)} {queries.origin}")
+
+
+def _set_effort(index: AnnIndex, queries: np.ndarray, truth: np.ndarray, target: float) -> None:
+    """Widen until the recall is at least the target plus one standard error, with as few proposals as that allows."""
+    for proposals in PROPOSALS if index.kind == "ivfpq" else (1,):
+        for breadth in _breadths(index):
+            index.effort = Effort(breadth, proposals)
+            recall = _recall(index, queries, truth)
+            if recall.mean() - recall.std() / len(recall) ** 0.5 >= target or recall.mean() == 1:
+                return
+
+
+def _breadths(index: AnnIndex) -> list[int]:
+    """4, 6, 8, 12, 16, 24, ... up to all cells, or as many nodes of a graph as are worth walking."""
+    steps = [round(2 ** (step / 2)) for step in range(4, 28)]
+    most = index.cells or 4096
+    return [step for step in steps if step < most] + [most]
+
+
+def _recall(index: AnnIndex, queries: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """(Q,) share of the best rows that are found. A row that scores as well as one of the best is as good as it."""
+    found, _ = index.search(queries, truth.shape[1])
+    return (found >= truth[:, -1:] - SCORE_ERROR).mean(axis=1)
+
+
+def _latency(index: AnnIndex, queries: np.ndarray) -> dict[str, float]:
+    took = []
+    for query in queries[:TIMED_QUERIES]:
+        started = time.perf_counter()
+        index.search(query[None], TUNED_DEPTH)
+        took.append(1000 * (time.perf_counter() - started))
+    return {"p50": round(float(np.percentile(took, 50)), 3), "p99": round(float(np.percentile(took, 99)), 3)}

@@ -1,0 +1,142 @@
+"""Captions: words find captions, filters hold, and a hybrid search is the fusion of both rankings."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gallery_media import write_animation, write_picture
+
+from cots.errors import GalleryError
+from cots.model.retrieval_model import RetrievalModel
+from index.build import build, remove
+from index.captions import RRF_CONSTANT, fuse
+from index.gallery import Gallery, open_gallery
+from index.search import FUSED, Searcher
+
+CAPTIONS = {
+    "a.png": ["a red truck on the street", "a truck"],
+    "b.png": ["a dog runs on the beach"],
+    "c.png": ["two dogs, and a red ball"],
+    "d.gif": ["a red boat in the water"],
+    "e.png": [],
+}
+
+
+def write_table(folder: Path, captions: dict[str, list[str]]) -> Path:
+    for seed, name in enumerate(captions):
+        if not (folder / name).exists():
+            (write_animation if name.endswith("gif") else write_picture)(folder / name, seed)
+    rows = [json.dumps({"path": name, "captions": texts}) for name, texts in captions.items()]
+    (folder / "items.jsonl").write_text("\n".join(rows) + "\n")
+    return folder / "items.jsonl"
+
+
+@pytest.fixture
+def searcher(tmp_path: Path, tiny_model: RetrievalModel) -> Searcher:
+    build([write_table(tmp_path, CAPTIONS)], tmp_path / "gallery", tiny_model)
+    return Searcher(open_gallery(tmp_path / "gallery"), tiny_model)
+
+
+def found(searcher: Searcher, text: str, **options: object) -> list[str]:
+    return [Path(hit.path).name for hit in searcher.search(text, mode="text", **options).hits]  # type: ignore[arg-type]
+
+
+def test_words_are_found_in_any_form_and_number(searcher: Searcher) -> None:
+    assert found(searcher, "Dog") in (["b.png", "c.png"], ["c.png", "b.png"])
+    assert set(found(searcher, "red")) == {"a.png", "c.png", "d.gif"}
+    assert found(searcher, "a truck of red")[0] == "a.png"
+    assert found(searcher, "bicycle") == []
+    assert len(found(searcher, "red", k=2)) == 2
+
+
+@pytest.mark.parametrize("text", ["the", "!!!", "'; DROP TABLE vectors; --", '"red', "red*", "中文", "red AND (", "\\"])
+def test_punctuation_and_strange_words_have_no_meaning(searcher: Searcher, text: str) -> None:
+    expected = {"a.png", "c.png", "d.gif"} if "red" in text else set()
+    assert set(found(searcher, text)) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"kind": "video"}, {"d.gif"}),
+        ({"kind": "image"}, {"a.png", "c.png"}),
+        ({"where": "path LIKE '%c.png'"}, {"c.png"}),
+        ({"where": "start > 0"}, {"d.gif"}),
+        ({"where": "id < 0"}, set()),
+    ],
+)
+def test_filters_hold(searcher: Searcher, options: dict, expected: set[str]) -> None:
+    assert set(found(searcher, "red", **options)) == expected
+
+
+def test_a_hybrid_search_fuses_both_rankings(searcher: Searcher) -> None:
+    by_words = [hit.path for hit in searcher.search("red truck", mode="text", k=FUSED).hits]
+    by_vector = [hit.path for hit in searcher.search("red truck", k=FUSED).hits]
+    scores = dict.fromkeys(by_vector, 0.0)
+    for ranking in (by_vector, by_words):
+        for rank, path in enumerate(ranking, start=1):
+            scores[path] += 1 / (RRF_CONSTANT + rank)
+    hits = searcher.search("red truck", mode="hybrid", k=3).hits
+    assert [hit.path for hit in hits] == sorted(scores, key=lambda path: -scores[path])[:3]
+    assert [hit.score for hit in hits] == pytest.approx(sorted(scores.values(), reverse=True)[:3])
+    assert len(searcher.search("red truck", mode="hybrid").hits) == 5
+    assert {hit.kind for hit in searcher.search("red", mode="hybrid", kind="video").hits} == {"video"}
+
+
+def test_fusion_by_hand() -> None:
+    assert fuse([[7, 8], [8, 9]]) == [(8, 1 / 62 + 1 / 61), (7, 1 / 61), (9, 1 / 62)]
+    assert fuse([[], []]) == []
+
+
+def test_new_changed_and_removed_captions_are_found_as_they_are(
+    searcher: Searcher, tmp_path: Path, tiny_model: RetrievalModel
+) -> None:
+    table = write_table(tmp_path, CAPTIONS | {"a.png": ["a green car"], "f.png": ["a red bird"]})
+    build([table], tmp_path / "gallery", tiny_model)
+    remove(tmp_path / "gallery", "path LIKE '%c.png'")
+    renewed = Searcher(open_gallery(tmp_path / "gallery"), tiny_model)
+    assert set(found(renewed, "red")) == {"d.gif", "f.png"}
+    assert found(renewed, "green cars") == ["a.png"]
+    assert "c.png" in found(searcher, "dog") or found(searcher, "dog") == ["b.png"]  # an open search is not disturbed
+
+
+def test_text_finds_what_reading_each_caption_finds(tmp_path: Path, tiny_model: RetrievalModel) -> None:
+    rng = np.random.default_rng()
+    words = ["zebra", "lamp", "river", "tower", "cake"]
+    captions = {f"{number:03}.png": [" ".join(rng.choice(words, 2))] for number in range(60)}
+    build([write_table(tmp_path, captions)], tmp_path / "gallery", tiny_model)
+    searcher = Searcher(open_gallery(tmp_path / "gallery"), tiny_model)
+    for word in words:
+        assert set(found(searcher, word, k=60)) == {name for name, (text,) in captions.items() if word in text}
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"mode": "sound"}, "There is no mode 'sound'; search by vector, text or hybrid"),
+        ({"mode": "text", "without": "snow"}, "use the mode hybrid"),
+        ({"mode": "text", "like": 1}, "use the mode hybrid"),
+        ({"mode": "hybrid", "text": "", "like": 1}, "no words to find in captions"),
+    ],
+)
+def test_what_captions_cannot_answer_is_a_sentence(searcher: Searcher, options: dict, sentence: str) -> None:
+    with pytest.raises(GalleryError, match=sentence):
+        searcher.search(**({"text": "a dog"} | options))
+
+
+def test_a_gallery_without_captions_says_so(gallery: Gallery, tiny_model: RetrievalModel) -> None:
+    with pytest.raises(GalleryError, match="has no captions to search; use --mode vector"):
+        gallery.search("a dog", model=tiny_model, mode="text")
+
+
+def test_captions_without_an_index_name_the_command_that_makes_one(
+    searcher: Searcher, cots_command: Callable[..., str]
+) -> None:
+    gallery = searcher.gallery
+    gallery.table.drop_index("caption_idx")
+    with pytest.raises(GalleryError, match=f"index them with: cots index compact --gallery {gallery.directory}"):
+        searcher.search("dog", mode="text")
+    cots_command("index", "compact", "--gallery", str(gallery.directory))
+    assert set(found(searcher, "dog")) == {"b.png", "c.png"}
