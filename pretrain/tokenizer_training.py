@@ -31,6 +31,7 @@ from pretrain.distributed import Ranks, StopRequest, process_group
 from pretrain.loader import StepSampler, name_of, open_source
 from pretrain.momentum import MovingAverage
 from pretrain.optimizer import rate_factor, set_rates
+from pretrain.report import write_report
 from pretrain.telemetry import Telemetry
 from pretrain.tokenizer_objective import TokenizerObjective, draw_far_patches, kl_weight, temperature_at
 from pretrain.tokenizer_pictures import Bad, SquareFrames, Squares, decode_all, squares_from_loader, squares_in_memory
@@ -60,6 +61,8 @@ def train_visual_tokenizer(config: VisualTokenizerTrainingConfig) -> Path:
             run.train()
         finally:
             run.telemetry.close()
+        if ranks.first:
+            write_report([run.directory])
         return run.directory
 
 

@@ -3,8 +3,9 @@
     cots pretrain configs/cots_mini.yaml training.epochs=5                       # one process
     torchrun --nproc-per-node 2 -m pretrain configs/cots_mini.yaml               # one process a GPU
 
-A run directory holds config.yaml, log.jsonl (see telemetry.py), checkpoints/ (the whole state) and best/ (the model
-directory that did best on validation). A run goes on where it stopped with training.resume=true.
+A run directory holds config.yaml, log.jsonl (see telemetry.py), report.html (its curves), checkpoints/ (the whole
+state) and best/ (the model directory that did best on validation). A run goes on where it stopped with
+training.resume=true.
 """
 
 import json
@@ -33,11 +34,12 @@ from pretrain.checkpoint import (
 )
 from pretrain.distributed import Ranks, StopRequest, process_group
 from pretrain.flops import matrix_rate
-from pretrain.loader import Batch, StepSampler, name_of, open_source, training_loader
+from pretrain.loader import Batch, StepSampler, TablePairs, name_of, open_source, training_loader
 from pretrain.model_card import model_card
 from pretrain.network import TrainingNetwork
 from pretrain.optimizer import rate_factor
 from pretrain.pixel_cache import PixelCache, cached_batches
+from pretrain.report import write_report
 from pretrain.start import starting_encoder, starting_tokenizer
 from pretrain.step import TrainingStep, uses_bf16
 from pretrain.telemetry import Telemetry
@@ -58,6 +60,8 @@ def pretrain(config: PretrainConfig) -> Path:
             run.train()
         finally:
             run.telemetry.close()
+        if ranks.first:
+            write_report([run.directory])
         return run.directory
 
 
@@ -126,6 +130,9 @@ class Run:
         """Take every step that is left, or those until SIGTERM."""
         training = self.config.training
         self.telemetry.say(self._introduction())
+        for source in self.sources:
+            for error in source.left_out if isinstance(source, TablePairs) else ():
+                self.telemetry.say(f"left out {error.path}: {error.reason}")
         if training.resume and self.step == 0:
             self.telemetry.say(f"{self.directory} holds no checkpoint to go on from; this run starts from nothing.")
         rate = matrix_rate(self.device)

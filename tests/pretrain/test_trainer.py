@@ -75,6 +75,7 @@ def test_a_model_learns_its_pairs_and_the_best_one_is_kept(make_config: MakeConf
     model = load_model(str(run))
     assert model.encode_texts(["a red ball on black"]).shape == (1, 32)
     assert "| text to image |" in (run / "best" / "MODEL_CARD.md").read_text()
+    assert "<svg" in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize("in_batch", ["none", "online"])
