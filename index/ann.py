@@ -19,7 +19,9 @@ from cots.errors import MissingDependency
 from index.exact import checked_queries, exact_search
 
 BLOCK = 65_536
-FEW_ROWS = 20_000  # as many are compared one by one sooner than a structure finds the allowed rows among all
+FEW_ROWS = 10_000  # as many are compared one by one sooner than a structure finds the allowed rows among all
+FEW_HITS = 10  # as if so many were asked for, when fewer are: what is quantised may rank the best one tenth
+GRAPH_BREADTH = 20  # the narrowest walk of a graph
 HNSW_LINKS = 32
 HNSW_CONSTRUCTION = 120
 CELL_SAMPLE = 50  # training vectors a cell; FAISS asks for 39
@@ -54,7 +56,7 @@ def make_structure(kind: str, vectors: np.ndarray) -> Any:
     if not structure.is_trained:
         count = min(len(vectors), max(CELL_SAMPLE * structure.nlist, 20_000))
         rows = np.sort(np.random.default_rng(0).choice(len(vectors), count, replace=False))
-        structure.train(vectors[rows].astype(np.float32))
+        structure.train(vectors[np.resize(rows, max(count, 2))].astype(np.float32))  # FAISS wants two, even equal
     for start in range(0, len(vectors), BLOCK):
         structure.add(np.ascontiguousarray(vectors[start : start + BLOCK], dtype=np.float32))
     return structure
@@ -162,11 +164,11 @@ class AnnIndex:
         """
         if eligible <= FEW_ROWS or k > eligible // 4:
             return None
-        breadth = int(np.ceil(self.effort.breadth * len(self.ids) / eligible))
-        if self.kind == "hnsw":
-            breadth = max(breadth, 2 * k)
+        breadth = self.effort.breadth if self.cells else max(self.effort.breadth, 2 * k, GRAPH_BREADTH)
+        breadth = int(np.ceil(breadth * len(self.ids) / eligible))
+        if self.cells is None:
             return None if 4 * breadth > eligible else Effort(breadth, self.effort.proposals)
-        return Effort(min(breadth, self.cells or breadth), self.effort.proposals)
+        return Effort(min(breadth, self.cells), self.effort.proposals)
 
     def _propose(self, queries: np.ndarray, k: int, allowed: np.ndarray | None, effort: Effort) -> np.ndarray:
         """(Q, P) positions in the snapshot, -1 where the structure found fewer."""
@@ -175,7 +177,7 @@ class AnnIndex:
             wanted = allowed if self._rows is None else allowed[self._rows] & (self._rows >= 0)
         bitmap = None if wanted is None else np.packbits(wanted, bitorder="little")
         selector = None if bitmap is None else self._faiss.IDSelectorBitmap(bitmap)
-        count = min(k * effort.proposals, self._structure.ntotal)
+        count = min(max(k, FEW_HITS) * effort.proposals, self._structure.ntotal)
         if self.kind == "hnsw":
             parameters = self._faiss.SearchParametersHNSW(efSearch=effort.breadth, sel=selector)
         else:

@@ -70,7 +70,7 @@ def open_engine(gallery: Gallery, model: "RetrievalModel | None" = None) -> Sear
         model: what built it, for queries to tune with; without it noisy vectors do.
     """
     record = gallery.manifest.structure
-    if record is None:
+    if record is None or not len(gallery.snapshot):
         return _exact(gallery.snapshot)
     try:
         return read_structure(gallery.directory, record, gallery.snapshot)

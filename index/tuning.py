@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from index.ann import AnnIndex, Effort
+from index.ann import GRAPH_BREADTH, AnnIndex, Effort
 from index.exact import exact_search
 
 if TYPE_CHECKING:
@@ -108,10 +108,10 @@ def _set_effort(index: AnnIndex, queries: np.ndarray, truth: np.ndarray, target:
 
 
 def _breadths(index: AnnIndex) -> list[int]:
-    """4, 6, 8, 12, 16, 24, ... up to all cells, or as many nodes of a graph as are worth walking."""
-    steps = [round(2 ** (step / 2)) for step in range(4, 28)]
-    most = index.cells or 4096
-    return [step for step in steps if step < most] + [most]
+    """1, 2, 3, 4, 6, 8, 11, 16, ... up to all cells; of a graph from the narrowest walk to one of 4,096 nodes."""
+    least, most = (1, index.cells) if index.cells else (GRAPH_BREADTH, 4096)
+    steps = [round(2 ** (step / 2)) for step in range(0, 32)]
+    return sorted({least, most} | {step for step in steps if least < step < most})
 
 
 def _recall(index: AnnIndex, queries: np.ndarray, truth: np.ndarray) -> np.ndarray:
