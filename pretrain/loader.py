@@ -27,7 +27,6 @@ from cots.data.image_io import open_image
 from cots.data.media_kind import HEADER_BYTES, sniff
 from cots.data.samples import Sample, iter_samples
 from cots.data.shards import MEMBER_SEPARATOR, TarIndex, read_captions
-from cots.data.square_transform import SquareTransform
 from cots.data.transforms import TrainingTransform
 from cots.errors import MediaError, SourceError, TrainingError
 from cots.model.caption_tokenizer import CaptionTokenizer
@@ -350,53 +349,6 @@ def training_loader(
         # the global generator belongs to the model's dropout: a resumed run must find it as it was
         generator=torch.Generator(),
     )
-
-
-class ValidationFrames(Dataset[Tensor]):
-    """Pictures (one frame) and clips of a source through the exact transform: (F, 3, S, S) uint8.
-
-    A bad one is an error: recall over fewer items could not be compared.
-    """
-
-    def __init__(self, source: PairSource, transform: SquareTransform) -> None:
-        self.source = source
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Tensor:
-        try:
-            frames = self.source.read(index).evaluation_frames(self.transform.size)
-        except MediaError as error:
-            raise MediaError(self.source.name(index), error.reason) from error
-        return torch.stack([self.transform(frame) for frame in frames])
-
-
-@dataclass
-class SourceCaptions:
-    """All captions of a source.
-
-    Attributes:
-        texts: T captions, item by item.
-        owners: (T,) int64, the item of each.
-        labels: (N,) int64, equal for items of one group.
-        clips: (N,) bool.
-    """
-
-    texts: list[str]
-    owners: Tensor
-    labels: Tensor
-    clips: Tensor
-
-
-def captions_of(source: PairSource) -> SourceCaptions:
-    """Read the captions of every item of a source, and which items they belong to."""
-    pairs = [source.read(index) for index in range(len(source))]
-    texts = [text for pair in pairs for text in pair.captions]
-    owners = torch.arange(len(pairs)).repeat_interleave(torch.tensor([len(pair.captions) for pair in pairs]))
-    labels = torch.tensor([item_id(pair, number) for number, pair in enumerate(pairs)])
-    return SourceCaptions(texts, owners, labels, torch.tensor([pair.is_clip for pair in pairs]))
 
 
 def _collate(items: list[tuple[Any, ...]], frames: int) -> Batch:

@@ -6,17 +6,64 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from cots.config import SourceConfig
 from cots.data.square_transform import SquareTransform
-from cots.errors import ConfigError
+from cots.errors import ConfigError, MediaError
 from cots.evaluation.metrics import rank_embeddings, recall_sum, summary
 from cots.model.caption_tokenizer import CaptionTokenizer
 from cots.model.dual_encoder import DualEncoder
-from pretrain.loader import ValidationFrames, captions_of, open_source
+from pretrain.loader import PairSource, item_id, open_source
 
 Metrics = dict[str, dict[str, float]]
+
+
+class ValidationFrames(Dataset[Tensor]):
+    """Pictures (one frame) and clips of a source through the exact transform: (F, 3, S, S) uint8.
+
+    A bad one is an error: recall over fewer items could not be compared.
+    """
+
+    def __init__(self, source: PairSource, transform: SquareTransform) -> None:
+        self.source = source
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Tensor:
+        try:
+            frames = self.source.read(index).evaluation_frames(self.transform.size)
+        except MediaError as error:
+            raise MediaError(self.source.name(index), error.reason) from error
+        return torch.stack([self.transform(frame) for frame in frames])
+
+
+@dataclass
+class SourceCaptions:
+    """All captions of a source.
+
+    Attributes:
+        texts: T captions, item by item.
+        owners: (T,) int64, the item of each.
+        labels: (N,) int64, equal for items of one group.
+        clips: (N,) bool.
+    """
+
+    texts: list[str]
+    owners: Tensor
+    labels: Tensor
+    clips: Tensor
+
+
+def captions_of(source: PairSource) -> SourceCaptions:
+    """Read the captions of every item of a source, and which items they belong to."""
+    pairs = [source.read(index) for index in range(len(source))]
+    texts = [text for pair in pairs for text in pair.captions]
+    owners = torch.arange(len(pairs)).repeat_interleave(torch.tensor([len(pair.captions) for pair in pairs]))
+    labels = torch.tensor([item_id(pair, number) for number, pair in enumerate(pairs)])
+    return SourceCaptions(texts, owners, labels, torch.tensor([pair.is_clip for pair in pairs]))
 
 
 @dataclass
