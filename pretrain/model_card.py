@@ -12,6 +12,10 @@ def model_card(
     image, text = config.model.image_tower, config.model.text_tower
     blocks = f", {image.transformer_depth} transformer blocks of width {image.transformer_width}"
     start = config.start.model or f"image {config.start.image_tower}, text {config.start.text_tower}"
+    temporal = config.model.temporal
+    clips = "the mean of the frames' embeddings" + (
+        f", and a transformer of {temporal.depth} layers over them" if temporal.kind == "transformer" else ""
+    )
     lines = [
         "# A COTS dual encoder",
         "",
@@ -20,6 +24,7 @@ def model_card(
         f"- Text tower: BERT of {text.layers} layers, {text.width} wide, at most {text.max_length} word pieces, "
         f"pooled by {text.pooling}",
         f"- Embedding: {config.model.embedding_dim} dimensions, unit norm",
+        f"- Clips: {clips}",
         f"- Started from: {start}",
         f"- Trained on: {', '.join(f'{source.path} (x{source.weight:g})' for source in config.data.train)}",
         f"- At most {config.training.epochs:g} epochs, batch {config.training.batch_size}, seed {config.training.seed}",

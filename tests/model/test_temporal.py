@@ -132,3 +132,24 @@ def test_heads_must_divide_the_embedding() -> None:
     values = {"embedding_dim": 32, "temporal": {"kind": "transformer", "heads": 5}}
     with pytest.raises(ConfigError, match="embedding_dim 32 is no multiple of its 5 attention heads"):
         validate_config(ModelConfig, values, "a.yaml")
+
+
+def test_it_learns_to_tell_a_clip_from_the_same_played_backwards() -> None:
+    """Which the mean cannot, whatever it is taught."""
+    generator = torch.Generator().manual_seed(0)
+    frames = F.normalize(torch.randn(8, 4, 32, generator=generator), dim=-1)
+    clips = torch.cat([frames, frames.flip(1)])
+    targets = F.normalize(torch.randn(16, 32, generator=generator), dim=-1)
+    torch.manual_seed(0)
+    transformer = TemporalTransformer(32, TRANSFORMER.model_copy(update={"dropout": 0.0}))
+    optimizer = torch.optim.AdamW(transformer.parameters(), 3e-3)
+    counts, center = torch.full((16,), 4), torch.zeros(32)
+    for _ in range(60):
+        scores = pool_clips(clips, counts, center, transformer) @ targets.T
+        F.cross_entropy(scores / 0.1, torch.arange(16)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = pool_clips(clips, counts, center, transformer) @ targets.T
+    assert (found.argmax(dim=1) == torch.arange(16)).all()
+    mean = pool_clips(clips, counts, center, None)
+    assert torch.allclose(mean[:8], mean[8:], atol=1e-6)
