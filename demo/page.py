@@ -41,6 +41,7 @@ class Ask(BaseModel):
     Attributes:
         picture: token of a picture that `Engine.keep_picture` holds.
         like: id of a row.
+        mode: as of `Searcher.search`; without words to find in captions everything is compared as vectors.
         skip, k: the hits from `skip` on, up to the k-th.
     """
 
@@ -50,12 +51,17 @@ class Ask(BaseModel):
     source: str = ""
     picture: str = ""
     like: int | Literal[""] = ""
+    mode: Literal["", "vector", "text", "hybrid"] = ""
     skip: int = Field(0, ge=0, le=MOST)
     k: int = Field(STEP, ge=1, le=MOST)
 
     @property
     def searches(self) -> bool:
         return bool(self.text.strip() or self.picture or self.like != "")
+
+    @property
+    def ranking(self) -> str:
+        return (self.text.strip() and self.mode) or "vector"
 
 
 def upload_only(component: gr.File) -> gr.File:
@@ -99,6 +105,18 @@ def build_page(engine: Engine) -> gr.Blocks:
         except CotsError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
+    def search_captions(
+        text: str = "", mode: str = "hybrid", kind: str = "", source: str = "", k: int = 10
+    ) -> dict[str, Any]:
+        """Search by words of captions (mode "text"), or by these and by what is shown ("hybrid"); replies as `search`.
+
+        An endpoint of its own, because a request that names no parameters must give a value for each.
+        """
+        try:
+            return engine.search(text or "", kind=kind or "", source=source or "", k=int(k), mode=mode).to_json()
+        except CotsError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
     with gr.Blocks(analytics_enabled=False, title="COTS: image and video search", fill_width=True) as blocks:
         gr.HTML(
             value=_markup(),
@@ -117,6 +135,9 @@ def build_page(engine: Engine) -> gr.Blocks:
             ]
             result = gr.JSON(label="result")
             gr.Button().click(search, parameters, result, api_name="search", concurrency_limit=None)
+            mode = gr.Textbox(label="mode: text or hybrid", value="hybrid")
+            words = [parameters[0], mode, *parameters[3:]]
+            gr.Button().click(search_captions, words, result, api_name="search_captions", concurrency_limit=None)
     return blocks
 
 
@@ -136,14 +157,14 @@ def answer(engine: Engine, ask: Ask) -> dict[str, Any]:
     else:
         picture = engine.picture(ask.picture) if ask.picture else None
         like = None if ask.like == "" else ask.like
-        result = engine.search(ask.text, picture, ask.without, ask.kind, ask.source, like, ask.k + 1)
+        result = engine.search(ask.text, picture, ask.without, ask.kind, ask.source, like, ask.k + 1, ask.ranking)
         hits = result.hits[ask.skip :]
         timing = times(result, shelf)
     if not hits:
         raise CotsError(nothing_found(ask))
     wanted = ask.k - ask.skip
     return {
-        "cards": cards(hits[:wanted], shelf.mark, scored=ask.searches),
+        "cards": cards(hits[:wanted], shelf.mark, scored=ask.searches and ask.ranking == "vector"),
         "timing": timing,
         "more": len(hits) > wanted and ask.k < MOST,
         "introduction": f"{holdings(shelf)}, searched by what they show. Nothing leaves this machine.",

@@ -99,6 +99,7 @@ class AnnIndex:
         ids: (N,) int64 of the snapshot.
         rows: (S,) position in the snapshot of each vector of the structure, -1 for one that is gone or has changed;
             None if they are 0, 1, ..., N - 1.
+        few_rows: so many allowed rows are compared one by one; by default `FEW_ROWS`.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class AnnIndex:
         vectors: np.ndarray,
         ids: np.ndarray,
         rows: np.ndarray | None = None,
+        few_rows: int | None = None,
     ) -> None:
         self.ids = ids
         self.kind = kind
@@ -117,6 +119,7 @@ class AnnIndex:
         self._structure = structure
         self._vectors = vectors
         self._rows = rows
+        self._few_rows = FEW_ROWS if few_rows is None else few_rows
         self._alive = None if rows is None or (rows >= 0).all() else rows >= 0
         covered = np.ones(len(ids), bool)
         if rows is not None:
@@ -162,7 +165,7 @@ class AnnIndex:
 
         The rows that a filter keeps may lie thin among those that it drops: the structure looks wider by as much.
         """
-        if eligible <= FEW_ROWS or k > eligible // 4:
+        if eligible <= self._few_rows or k > eligible // 4:
             return None
         breadth = self.effort.breadth if self.cells else max(self.effort.breadth, 2 * k, GRAPH_BREADTH)
         breadth = int(np.ceil(breadth * len(self.ids) / eligible))

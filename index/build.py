@@ -121,6 +121,9 @@ def build(
             )
             items = {sample.path: item for sample, item in wanted}
             for result in embedded:
+                if not np.linalg.norm(result.vectors, axis=1).all():
+                    failed(MediaError(result.sample.path, f"the model {model.name} gives it a vector of no direction"))
+                    continue
                 item = items[result.sample.path]
                 writer.put(result, item)
                 report.added += item is None

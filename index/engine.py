@@ -216,7 +216,8 @@ def _make(gallery: Gallery, kind: str, target: float, model: "RetrievalModel | N
     started = time.perf_counter()
     structure = make_structure(kind, snapshot.vectors)
     seconds = time.perf_counter() - started
-    index = AnnIndex(structure, kind, Effort(1), snapshot.vectors, snapshot.ids)
+    # Tuned as if no number of rows were few, because the gallery may grow beyond that.
+    index = AnnIndex(structure, kind, Effort(1), snapshot.vectors, snapshot.ids, few_rows=0)
     measured = tune(index, snapshot.vectors, draw_queries(snapshot, model), target)
     file, rows_file = write_structure(gallery.directory, structure, kind, snapshot)
     size = sum((gallery.directory / FOLDER / name).stat().st_size for name in (file, rows_file))

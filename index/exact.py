@@ -45,7 +45,8 @@ class ExactIndex:
             allowed: (N,) bool; rows where it is False are not found. None allows all.
 
         Returns:
-            scores (Q, K) float32, descending; ids (Q, K) int64; K is k, or the allowed rows if those are fewer.
+            scores (Q, K) float32, descending; ids (Q, K) int64; K is k, or the allowed rows if those are fewer. The
+            score of a vector that is not finite is NaN, after all others.
 
         Raises:
             GalleryError: the queries have another dimension or are not finite.
@@ -61,6 +62,9 @@ class ExactIndex:
             bitmap = np.packbits(allowed, bitorder="little")
             selector = self._faiss.IDSelectorBitmap(bitmap)
             scores, found = self._flat.search(queries, k, params=self._faiss.SearchParameters(sel=selector))
+        if (found < 0).any():  # FAISS passes over vectors that are not finite, and fills up with -1
+            positions = None if allowed is None else np.flatnonzero(allowed)
+            scores, found = exact_search(self._vectors, queries, k, positions)
         return scores, self.ids[found]
 
 

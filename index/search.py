@@ -202,7 +202,8 @@ class Searcher:
         fetch = 2 * k
         while True:
             scores, ids = self.index.search(query[None], fetch, allowed)
-            items = self.snapshot.items[self.snapshot.positions(ids[0])]
+            found = ids[0][np.isfinite(scores[0])]  # a damaged vector is no hit
+            items = self.snapshot.items[self.snapshot.positions(found)]
             distinct, first = np.unique(items, return_index=True)
             if len(distinct) >= k or ids.shape[1] < fetch:
                 best = np.sort(first)[:k]

@@ -13,6 +13,7 @@ const token = find(".token");
 const text = form.elements.text;
 const without = find("[name=without]");
 const source = find("[name=source]");
+const mode = find("[name=mode]");
 const STEP = 30;
 let picture = null; // {token, address}: a picture that the server holds for this search
 let like = null; // {id, address}: a result whose neighbours are asked for
@@ -79,7 +80,7 @@ function say(sentence, instead = true) {
 }
 
 function address() {
-  const values = { q: text.value.trim(), without: without.value.trim(), kind: kind(), source: source.value, like: like?.id };
+  const values = { q: text.value.trim(), without: without.value.trim(), kind: kind(), source: source.value, mode: mode.value, like: like?.id };
   const query = new URLSearchParams(Object.entries(values).filter(([, value]) => value));
   return query.size ? `?${query}` : location.pathname;
 }
@@ -94,7 +95,7 @@ async function run({ remember = true, append = false } = {}) {
   markRefined();
   try {
     const reply = await server.find({
-      text: text.value, without: without.value, kind: kind(), source: source.value,
+      text: text.value, without: without.value, kind: kind(), source: source.value, mode: mode.value,
       picture: picture?.token ?? "", like: like?.id ?? "", skip: shown, k: shown + STEP,
     });
     if (mine === turn) show(reply, append);
@@ -128,7 +129,7 @@ function offerSources(names) {
 }
 
 function markRefined() {
-  const refined = Boolean(source.value || without.value.trim());
+  const refined = Boolean(source.value || mode.value || without.value.trim());
   find(".refine").toggleAttribute("data-active", refined);
   find(".clear").hidden = !refined;
   document.title = asked() ? `${text.value.trim() || "A picture"} · COTS` : title;
@@ -164,10 +165,11 @@ without.addEventListener("keydown", (event) => {
 });
 without.addEventListener("change", () => run());
 source.addEventListener("change", () => run());
+mode.addEventListener("change", () => run());
 find(".kinds").addEventListener("change", () => run());
 further.addEventListener("click", () => run({ append: true }));
 find(".clear").addEventListener("click", () => {
-  without.value = source.value = "";
+  without.value = source.value = mode.value = "";
   run();
 });
 find(".token-remove").addEventListener("click", () => {
@@ -178,7 +180,7 @@ find(".token-remove").addEventListener("click", () => {
 find(".brand").addEventListener("click", (event) => {
   if (event.metaKey || event.ctrlKey) return;
   event.preventDefault();
-  text.value = without.value = source.value = "";
+  text.value = without.value = source.value = mode.value = "";
   find("[name=cots-kind][value='']").checked = true;
   dropToken();
   run();
@@ -261,6 +263,7 @@ function readAddress() {
   const name = query.get("source") ?? "";
   if (name) source.add(new Option(name)); // the gallery's sources come with the reply
   source.value = name;
+  mode.value = query.get("mode") ?? "";
   (find(`[name=cots-kind][value="${CSS.escape(query.get("kind") ?? "")}"]`) ?? find("[name=cots-kind]")).checked = true;
   dropToken();
   if (query.get("like")) {

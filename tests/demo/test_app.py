@@ -39,6 +39,14 @@ def test_the_api_has_names_and_defaults(api: Client) -> None:
     assert {hit["kind"] for hit in videos} == {"video"}
 
 
+def test_the_api_searches_captions(api: Client) -> None:
+    hits = api.predict(text="red", mode="text", api_name="/search_captions")["hits"]
+    assert [Path(hit["path"]).name for hit in hits] == ["flicker.gif"]
+    assert len(api.predict(text="red", api_name="/search_captions")["hits"]) == 10
+    with pytest.raises(AppError, match="no mode 'sound'"):
+        api.predict(text="red", mode="sound", api_name="/search_captions")
+
+
 def test_the_api_searches_by_picture(api: Client, media_folder: Path) -> None:
     picture = handle_file(str(media_folder / "green.png"))
     for text in ("", "a green square"):

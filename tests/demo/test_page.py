@@ -147,6 +147,15 @@ def test_filters_by_kind_and_source(engine: Engine) -> None:
         assert len(Elements(answer(engine, ask)["cards"]).of("li")) == 1
 
 
+def test_captions_are_searched_by_words_and_scores_shown_only_of_vectors(engine: Engine) -> None:
+    by_words = Elements(answer(engine, Ask(text="red", mode="text"))["cards"])
+    assert [Path(card["data-path"] or "").name for card in by_words.of("li")] == ["flicker.gif"]
+    assert not by_words.of("span", "score")
+    assert len(Elements(answer(engine, Ask(text="red", mode="hybrid"))["cards"]).of("li")) == 10
+    like = Ask(mode="text", like=1)
+    assert len(Elements(answer(engine, like)["cards"]).of("li")) == 9
+
+
 def test_more_like_this_leaves_out_the_item_itself(engine: Engine, rows: dict[str, Hit]) -> None:
     found = Elements(answer(engine, Ask(like=rows["red.png"].id))["cards"]).of("li")
     assert len(found) == 9

@@ -1,4 +1,9 @@
-"""SIGKILL at random points of a build: what was committed is there once, and the next build goes on from it."""
+"""SIGKILL at random points of a build, an append, a compaction, and the making of a search structure.
+
+Whatever was acknowledged is there once, the gallery opens, and search finds what brute force finds. A hundred times:
+
+    COTS_KILLS=100 python -m pytest tests/index/test_kill.py
+"""
 
 import os
 import random
@@ -7,14 +12,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from gallery_media import write_animation, write_picture
 
 from cots.model.retrieval_model import RetrievalModel
 from index.build import build
 from index.check import check
+from index.engine import open_engine
 from index.gallery import open_gallery
 
-KILLS = 15
+KILLS = int(os.environ.get("COTS_KILLS", "15"))
 
 # Imports and loads the model once; then forks a build for each line "SECONDS FILE" and kills it after so many seconds.
 # The build commits after every item, so that kills fall into commits, and acknowledges each in the file.
@@ -95,3 +102,97 @@ def test_killed_builds_lose_and_double_nothing(
     assert after.keys() == expected.keys()
     for path in expected:
         np.testing.assert_allclose(after[path], expected[path], atol=2e-3)
+
+
+# Forks, for each line "SECONDS FILE", a process that changes the gallery without end, and kills it after so many
+# seconds. It acknowledges in the file the ids that it has added or, with a minus, is about to remove or has removed.
+CHANGER = """
+import os, random, signal, sys, time, warnings
+import faiss, lancedb
+import numpy as np
+import pyarrow as pa
+from index.build import remove
+from index.compaction import compact
+from index.engine import set_engine
+from index.gallery import open_gallery, schema, writing
+warnings.simplefilter("ignore")
+directory = sys.argv[1]
+def append(count):
+    gallery = open_gallery(directory)
+    template = gallery.table.search().limit(1).to_arrow().select(gallery.table.schema.names).to_pylist()[0]
+    first = gallery.manifest.next_id
+    with writing(directory) as place:
+        gallery.manifest.with_next_id(first + count).write(place)
+        rows = []
+        for id in range(first, first + count):
+            (place / f"{id}.png").touch()
+            vector = np.random.default_rng().standard_normal(32)
+            vector = (vector / np.linalg.norm(vector)).astype(np.float16)
+            rows.append(template | {"id": id, "item": id, "path": f"{id}.png", "vector": vector})
+        gallery.table.add(pa.Table.from_pylist(rows, schema(32)))
+    return range(first, first + count)
+print("ready", flush=True)
+for line in sys.stdin:
+    seconds, path = line.split()
+    child = os.fork()
+    if child == 0:
+        random.seed()
+        with open(path, "w", buffering=1) as file:
+            while True:
+                for id in append(20):
+                    print(id, file=file)
+                set_engine(directory, random.choice(["hnsw", "ivf", "exact"]))
+                gone = int(open_gallery(directory).snapshot.ids[0])
+                print("removing", gone, file=file)
+                remove(directory, f"id = {gone}")
+                print("removed", gone, file=file)
+                compact(directory)
+    time.sleep(float(seconds))
+    os.kill(child, signal.SIGKILL)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_killed_appends_compactions_and_structures_leave_a_gallery_that_answers_rightly(
+    tmp_path: Path, tiny_model: RetrievalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("index.ann.FEW_ROWS", 0)
+    photos, directory = tmp_path / "photos", tmp_path / "gallery"
+    for seed in range(3):
+        write_picture(photos / f"{seed:02}.png", seed)
+    build([photos], directory, tiny_model)
+    held, engines = set(open_gallery(directory).snapshot.ids.tolist()), set()
+    pipe = subprocess.PIPE
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", CHANGER, str(directory)], stdin=pipe, stdout=pipe, text=True, env=environment
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+        for trial in range(KILLS):
+            acknowledged = tmp_path / f"changes{trial}"
+            print(random.uniform(0.01, 0.5), acknowledged, file=server.stdin, flush=True)
+            assert server.stdout.readline() == "-9\n"
+            lines = acknowledged.read_text().split("\n")[:-1] if acknowledged.exists() else []
+            added = {int(line) for line in lines if line.isdecimal()}
+            removed = {int(line.split()[1]) for line in lines if line.startswith("removed")}
+            begun = {int(line.split()[1]) for line in lines if line.startswith("removing")}
+            assert check(directory) == []  # no row twice, the snapshot is the table
+            gallery = open_gallery(directory)
+            ids = set(gallery.snapshot.ids.tolist())
+            assert (held | added) - begun <= ids
+            assert not removed & ids
+            held = ids
+            engine = open_engine(gallery)
+            engines.add(engine.kind)
+            vectors = gallery.snapshot.vectors.astype(np.float32)
+            asked = np.random.default_rng(trial).choice(vectors, 20)
+            scores, found = engine.search(asked, 5)
+            products = asked @ vectors.T
+            rows = gallery.snapshot.positions(found.ravel()).reshape(found.shape)
+            np.testing.assert_allclose(scores, np.take_along_axis(products, rows, axis=1), atol=1e-5)
+            best = np.sort(products, axis=1)[:, ::-1][:, :5]
+            assert (scores >= best[:, -1:] - 1e-5).mean() >= (1 if engine.kind == "exact" else 0.75)
+        server.stdin.close()
+    assert len(engines) > 1
