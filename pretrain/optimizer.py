@@ -10,7 +10,7 @@ from cots.model.dual_encoder import DualEncoder
 
 
 def create_optimizer(encoder: DualEncoder, objective: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Groups by peak rate, each split into decayed matrices and undecayed vectors.
+    """Groups by peak rate, each split into decayed matrices, undecayed vectors and undecayed numbers.
 
     The peak rate of a tower's layer is the tower's rate times its layer decay once for every layer above it (Clark et
     al. 2020, ELECTRA); a tower of rate 0 is frozen. Biases, norms, embeddings of single tokens and the temperature are
@@ -20,17 +20,18 @@ def create_optimizer(encoder: DualEncoder, objective: nn.Module, config: Optimiz
         objective: whatever else learns.
     """
     tower_rates = _tower_rates(encoder, config)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in [*encoder.named_parameters(), *objective.named_parameters()]:
         if not parameter.requires_grad:
             continue
         peak = tower_rates.get(name, config.learning_rate)
-        decay = config.weight_decay if parameter.squeeze().ndim >= 2 else 0.0
-        groups.setdefault((peak, decay), []).append(parameter)
+        decay = config.weight_decay if sum(side > 1 for side in parameter.shape) >= 2 else 0.0
+        # a number is never shared out among ranks, and a fused kernel takes only parts or only wholes
+        groups.setdefault((peak, decay, parameter.ndim == 0), []).append(parameter)
     return torch.optim.AdamW(
         [
             {"params": parameters, "lr": peak, "peak": peak, "weight_decay": decay}
-            for (peak, decay), parameters in groups.items()
+            for (peak, decay, _), parameters in groups.items()
         ],
         betas=config.betas,
         fused=all(parameter.is_cuda for parameters in groups.values() for parameter in parameters),

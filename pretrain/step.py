@@ -2,7 +2,8 @@
 
 import copy
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,12 +21,21 @@ from cots.model.visual_tokenizer import VisualTokenizer
 from cots.objectives.collaborative import CollaborativeObjective
 from cots.objectives.gathering import gather
 from cots.objectives.retrieval import PairFeatures
-from pretrain.distributed import Ranks
+from pretrain.distributed import Ranks, average_statistics
 from pretrain.flops import flops_per_pair
 from pretrain.loader import Batch
 from pretrain.momentum import MovingAverage
 from pretrain.network import Counts, HiddenPatches, NetworkOutput, TrainingNetwork, encode_items
 from pretrain.optimizer import create_optimizer, rate_factor, set_rates
+from pretrain.sharding import (
+    clip_gradients,
+    layers_of,
+    load_whole,
+    load_whole_optimizer,
+    shard_average,
+    shard_network,
+    whole,
+)
 from pretrain.working_copy import WorkingCopy
 
 Scalars = dict[str, Tensor]
@@ -37,6 +47,8 @@ class TrainingStep:
     Attributes:
         network: the fp32 weights that are optimized.
         momentum: the momentum towers; `average`: the slow average that is shipped, if there is one.
+        sharded: each rank holds a part of all these.
+        low_precision: the towers compute in bf16.
     """
 
     def __init__(
@@ -52,28 +64,43 @@ class TrainingStep:
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.network, self.objective = network, objective
         self.tokenizer, self.visual_tokenizer = tokenizer, visual_tokenizer
-        self.momentum = MovingAverage(network.encoder, config.objective.momentum)
-        self.average = MovingAverage(network.encoder, training.averaging) if training.averaging else None
+        self.sharded = training.sharding == "sharded" and ranks.count > 1
+        self.low_precision = uses_bf16(training.precision, self.device)
+        dtype = torch.bfloat16 if self.low_precision else None
+        self._outline = _without_data(network)
+        self._whole_encoder: DualEncoder | None = None
+        if self.sharded:
+            network.to(memory_format=torch.contiguous_format)  # FSDP splits weights row by row
+        followers = [copy.deepcopy(network.encoder) for _ in range(2 if training.averaging else 1)]
+        if self.sharded:
+            if ranks.first:
+                self._whole_encoder = copy.deepcopy(followers[0]).cpu().eval().requires_grad_(False)
+            shard_network(network, dtype)
+            for follower in followers:
+                shard_average(follower, dtype)
+            dtype = None  # what is shared out is rounded as it is gathered
+        self.momentum = MovingAverage(network.encoder, config.objective.momentum, followers[0])
+        self.average = MovingAverage(network.encoder, training.averaging, followers[1]) if training.averaging else None
         heads = [head for head in (network.image_head, network.text_head) if head is not None]
         self.optimizer = create_optimizer(network.encoder, nn.ModuleList([objective, *heads]), config.optimizer)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        dtype = torch.bfloat16 if uses_bf16(training.precision, self.device) else None
         self.working = WorkingCopy(network, dtype)
         self.momentum_working = WorkingCopy(self.momentum.network, dtype)
         self.jitter = ColorJitter(config.data.augmentation.color)
         if training.activation_checkpointing:
             self.working.network.encoder.set_activation_checkpointing(True)
         if training.compile:
-            _compile(self.working.network)
-            _compile_encoder(self.momentum_working.network)
+            _compile(self.working.network, self.sharded)
+            _compile_encoder(self.momentum_working.network, self.sharded)
             if visual_tokenizer is not None:
                 visual_tokenizer.encoder.compile(dynamic=False)
         self.parallel: nn.Module = self.working.network
-        if ranks.count > 1:
+        if ranks.count > 1 and not self.sharded:
             # the views save a copy of all gradients; the buckets are reduced while the backward pass goes on
-            self.parallel = DistributedDataParallel(
-                self.working.network, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            parallel = DistributedDataParallel(self.working.network, gradient_as_bucket_view=True)
+            # torch 2.13 gave the argument another name; the attribute has this one in every version
+            parallel.broadcast_buffers = False
+            self.parallel = parallel
 
     def take(self, batch: Batch, step: int, steps: int) -> Scalars:
         """Train on one batch; returns values for the log, still on the device."""
@@ -114,10 +141,10 @@ class TrainingStep:
         twin.visual_tokenizer = copy.deepcopy(self.visual_tokenizer)
         if twin.visual_tokenizer is not None:
             twin.visual_tokenizer.to(meta)
-        network, momentum = copy.deepcopy(self.working.network), copy.deepcopy(self.momentum_working.network)
-        for encoder in (network.encoder, momentum):
-            vars(encoder).pop("prepare_pixels", None)  # a compiled one belongs to the encoder it was compiled for
-        network, momentum = network.to(meta), momentum.to(meta)
+        network = copy.deepcopy(self._outline)
+        for outlined, parameter in zip(network.parameters(), self.network.parameters()):
+            outlined.requires_grad_(parameter.requires_grad)
+        momentum = copy.deepcopy(network.encoder).eval()
 
         def take(count: int) -> None:
             shape = (count, frames, 3, size, size) if frames > 1 else (count, 3, size, size)
@@ -132,28 +159,48 @@ class TrainingStep:
 
         return flops_per_pair(take, batch_size)
 
-    @property
-    def low_precision(self) -> bool:
-        return self.working.network is not self.network
+    @contextmanager
+    def shipped_encoder(self) -> Iterator[DualEncoder | None]:
+        """The encoder that is validated and saved, whole and in evaluation mode, on the first rank; None on others.
+
+        It is the slow average if there is one. All ranks enter together.
+        """
+        encoder = self.network.encoder if self.average is None else self.average.network
+        if self.sharded:
+            weights = whole(encoder.state_dict(), self.ranks.first)
+            if self._whole_encoder is not None:
+                self._whole_encoder.load_state_dict(weights)
+                self._whole_encoder.to(self.device)
+            yield self._whole_encoder
+            if self._whole_encoder is not None:
+                self._whole_encoder.cpu()
+            return
+        encoder.eval()
+        yield encoder if self.ranks.first else None
+        self.network.encoder.train()
 
     def state(self) -> dict[str, Any]:
-        """Everything that a step changes, for a checkpoint."""
-        return {
+        """Everything that a step changes, for a checkpoint: whole on the first rank, shared out or not.
+
+        All ranks call it together.
+        """
+        state = {
             "network": self.network.state_dict(),
             "momentum": self.momentum.network.state_dict(),
             "average": self.average.network.state_dict() if self.average else None,
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
+        return whole(state, self.ranks.first) if self.sharded else state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
-        self.network.load_state_dict(state["network"])
-        self.momentum.network.load_state_dict(state["momentum"])
+        """Go on from what `state` returned on the first rank."""
+        load_whole(self.network, state["network"])
+        load_whole(self.momentum.network, state["momentum"])
         if self.average is not None:
-            self.average.network.load_state_dict(state["average"])
+            load_whole(self.average.network, state["average"])
         self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_whole_optimizer(self.optimizer, state["optimizer"])
         self.working.take_weights()
         self.momentum_working.take_weights()
 
@@ -240,6 +287,7 @@ class TrainingStep:
             # with the graph of the second encoding, so that a compiled one draws the same dropout; it is dropped here
             output = network(*part, counts=counts[index])
             first.append((output.image.detach(), output.text.detach()))
+            del output  # or the graphs of two parts would be there at once
         image, text = (torch.cat(side).requires_grad_() for side in zip(*first))
         features = self.pair_features(NetworkOutput(image, text, None, {}), replace(batch, pixels=pixels), parts)
         result = self.objective(features, progress)
@@ -271,12 +319,14 @@ class TrainingStep:
     def _update(self) -> Tensor:
         """Clip, step, and let the averages and the working copies follow; returns the norm of the gradient."""
         self.working.give_gradients()
-        if self.ranks.count > 1:  # the temperature lies outside of what DDP reduces
-            for parameter in self.objective.parameters():
+        if self.ranks.count > 1:
+            average_statistics(self.working.network)
+            for parameter in self.objective.parameters():  # the temperature lies outside of what DDP or FSDP reduces
                 if parameter.grad is not None:
                     dist.all_reduce(parameter.grad)
                     parameter.grad /= self.ranks.count
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.clip_norm or math.inf)
+        clip = clip_gradients if self.sharded else nn.utils.clip_grad_norm_
+        norm = clip(self.parameters, self.config.optimizer.clip_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.working.take_weights()
@@ -291,18 +341,35 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
-def _compile(network: TrainingNetwork) -> None:
-    _compile_encoder(network.encoder)
+def _compile(network: TrainingNetwork, by_layer: bool) -> None:
+    _compile_encoder(network.encoder, by_layer)
     for head in (network.image_head, network.text_head):
         if head is not None:
             head.compile(dynamic=False)
 
 
-def _compile_encoder(encoder: DualEncoder) -> None:
-    """The towers, each one graph for pictures seen whole and in part. All shapes are fixed by the configuration."""
-    encoder.image_tower.compile(dynamic=False)
-    encoder.text_tower.compile(dynamic=False)
+def _compile_encoder(encoder: DualEncoder, by_layer: bool) -> None:
+    """The towers, each one graph for pictures seen whole and in part. All shapes are fixed by the configuration.
+
+    Weights that are shared out are gathered between layers, outside of any graph: `by_layer`, each layer is a graph.
+    """
+    if by_layer:
+        for layer in layers_of(encoder):
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+    else:
+        encoder.image_tower.compile(dynamic=False)
+        encoder.text_tower.compile(dynamic=False)
     encoder.prepare_pixels = torch.compile(encoder.prepare_pixels, dynamic=False)  # type: ignore[method-assign]
+
+
+def _without_data(network: TrainingNetwork) -> TrainingNetwork:
+    """A copy that knows the shapes of its weights and buffers alone (the meta device), and takes no memory."""
+    tensors: list[Tensor] = [*network.parameters(), *network.buffers()]
+    shapes = [torch.empty_like(tensor, device="meta") for tensor in tensors]
+    outlines = [
+        nn.Parameter(shape) if isinstance(tensor, nn.Parameter) else shape for tensor, shape in zip(tensors, shapes)
+    ]
+    return copy.deepcopy(network, {id(tensor): outline for tensor, outline in zip(tensors, outlines)})
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ import yaml
 from cots.config import PretrainConfig
 from cots.data.square_transform import SquareTransform
 from cots.errors import ConfigError, TrainingError
+from cots.model.dual_encoder import DualEncoder
 from cots.model.model_directory import save_model
 from cots.model.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 from cots.objectives.collaborative import CollaborativeObjective
@@ -202,13 +203,17 @@ class Run:
         return path
 
     def _validate(self) -> None:
-        if self.validation is None or not self.config.data.validation:
+        if not self.config.data.validation:
             return
-        average, encoder = self.stepper.average, self.stepper.network.encoder
-        network = encoder if average is None else average.network
-        network.eval()
+        with self.stepper.shipped_encoder() as encoder:
+            if encoder is not None:
+                self._measure(encoder)
+        self.telemetry.restart()
+
+    def _measure(self, network: DualEncoder) -> None:
+        """Validate on the first rank, and keep the model if it is the best so far."""
+        assert self.validation is not None
         results = self.validation.measure(network, self.device)
-        encoder.train()
         score, epoch = criterion(results), self.step / self.epoch_steps
         self.telemetry.validation(self.step, epoch, results)
         for path, metrics in results.items():
@@ -227,10 +232,9 @@ class Run:
                 weights_dtype=self.config.training.weights_dtype,
                 card=card,
             )
-        self.telemetry.restart()
 
     def _save(self) -> None:
-        random = random_state()
+        random, parts = random_state(), self.stepper.state()  # both meetings of all ranks
         if not self.ranks.first:
             return
         state = {
@@ -239,7 +243,7 @@ class Run:
             "best": self.best,
             "samples": [self.samples_read, self.samples_bad],
             "random": random,
-            **self.stepper.state(),
+            **parts,
         }
         save_checkpoint(self.directory, state, self.step, self.config.training.keep_checkpoints)
 
