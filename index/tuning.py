@@ -98,12 +98,12 @@ def tune(index: AnnIndex, vectors: np.ndarray, queries: Queries, target: float) 
 
 
 def _set_effort(index: AnnIndex, queries: np.ndarray, truth: np.ndarray, target: float) -> None:
-    """Widen until the recall is at least the target plus one standard error, with as few proposals as that allows."""
+    """Widen until the recall is at least the target plus two standard errors, with as few proposals as that allows."""
     for proposals in PROPOSALS if index.kind == "ivfpq" else (1,):
         for breadth in _breadths(index):
             index.effort = Effort(breadth, proposals)
             recall = _recall(index, queries, truth)
-            if recall.mean() - recall.std() / len(recall) ** 0.5 >= target or recall.mean() == 1:
+            if recall.mean() - 2 * recall.std() / len(recall) ** 0.5 >= target or recall.mean() == 1:
                 return
 
 
