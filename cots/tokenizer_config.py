@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from cots.config import DataConfig, OptimizerConfig, Settings, TrainingConfig, read_values, validate_config
+from cots.config import DataConfig, OptimizerConfig, TrainingConfig
+from cots.settings import Settings, read_values, validate_config
 
 SECTION = "visual_tokenizer"
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from cots.config import PretrainConfig, read_values, validate_config
+from cots.config import PretrainConfig
+from cots.settings import read_values, validate_config
 from cots.tokenizer_config import SECTION, VisualTokenizerTrainingConfig
 
 

@@ -12,11 +12,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from cots.config import PretrainConfig, validate_config
+from cots.config import PretrainConfig
 from cots.evaluation.evaluate import evaluate
 from cots.model.model_directory import read_model, save_model
 from cots.model.pretrained import load_model, model_directory
 from cots.model.retrieval_model import RetrievalModel
+from cots.settings import validate_config
 from pretrain.loader import PairSource, open_source
 from pretrain.model_card import model_card
 

@@ -33,11 +33,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cots.config import validate_config
 from cots.embedded import EMBEDDED_VISUAL_TOKENIZER
 from cots.errors import ConfigError, ModelError
 from cots.full_precision import full_precision
 from cots.model.model_directory import fingerprint_of, load_weights
+from cots.settings import validate_config
 from cots.tokenizer_config import VisualTokenizerConfig
 
 FORMAT = 1

@@ -2,9 +2,10 @@ import pytest
 import timm
 import torch
 
-from cots.config import ImageTowerConfig, ModelConfig, validate_config
+from cots.config import ImageTowerConfig, ModelConfig
 from cots.errors import ConfigError
 from cots.model.image_tower import ImageTower
+from cots.settings import validate_config
 
 SMALL = {"embed_dim": 32, "depth": 1, "num_heads": 2}
 

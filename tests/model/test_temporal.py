@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cots.config import ModelConfig, TemporalConfig, validate_config
+from cots.config import ModelConfig, TemporalConfig
 from cots.errors import ConfigError
 from cots.model.caption_tokenizer import WordPieceTokenizer
 from cots.model.dual_encoder import DualEncoder
@@ -15,6 +15,7 @@ from cots.model.model_directory import read_model, save_model
 from cots.model.pretrained import load_model
 from cots.model.temporal import TemporalTransformer, pool_clips
 from cots.moments import unit_mean
+from cots.settings import validate_config
 
 TRANSFORMER = TemporalConfig(kind="transformer", depth=1, heads=4, positions=5)
 

@@ -1,0 +1,108 @@
+"""`cots evaluate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cots.commands.options import BatchSize, ModelOption
+from cots.commands.terminal import print_json, progress_bar, write_json
+
+
+def evaluate(
+    protocol: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROTOCOL|FILE.jsonl", help="A protocol of --list, or a file of captioned images or videos."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="DIR", help="The folder with a protocol's captions and media.")
+    ] = None,
+    model: ModelOption = "embedded",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="OUT", help="Write the result there too; - for stdout only.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write an HTML page, Markdown and JSON there.")
+    ] = None,
+    list_all: Annotated[bool, typer.Option("--list", help="Show the protocols and what others reported.")] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="A.json B.json", help="Instead: is result B better than A? A paired bootstrap."),
+    ] = None,
+    max_failures: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of items that may be unreadable; they count as never found.")
+    ] = 0.01,
+    batch_size: BatchSize = None,
+) -> None:
+    """Measure retrieval both ways: R@1, R@5, R@10, median and mean rank, with intervals."""
+    from cots.evaluation import tables
+
+    if list_all:
+        typer.echo(tables.list_protocols())
+    elif compare is not None:
+        _compare(*compare, json_file)
+    elif protocol is None:
+        raise typer.BadParameter("name a protocol or a file, or give --list or --compare")
+    else:
+        _evaluate(protocol, data, model, json_file, report, max_failures, batch_size)
+
+
+def _evaluate(
+    protocol: str,
+    data: Path | None,
+    model: str,
+    json_file: Path | None,
+    report: Path | None,
+    max_failures: float,
+    batch_size: int | None,
+) -> None:
+    from cots.evaluation.evaluate import measure
+    from cots.evaluation.evaluation_set import read_evaluation_set
+    from cots.evaluation.protocols import find_protocol, is_file_name, open_protocol
+    from cots.evaluation.report import write_report
+    from cots.evaluation.tables import as_text
+    from cots.model.pretrained import load_model
+
+    chosen = None if is_file_name(protocol) else find_protocol(protocol)
+    if chosen and data is None:
+        raise typer.BadParameter(f"{protocol} is a protocol: give --data DIR, the folder with its captions and media")
+    test_set = open_protocol(chosen, data) if chosen and data else read_evaluation_set(protocol)
+    for warning in test_set.warnings:
+        typer.echo(f"note: {warning}", err=True)
+    if chosen and chosen.is_training:
+        typer.echo(
+            f"{chosen.title}: {len(test_set.items):,} videos and {len(test_set.captions):,} captions, all there."
+        )
+        return
+    with progress_bar("evaluating") as (progress, _):
+        result = measure(
+            test_set, load_model(model), max_bad_share=max_failures, batch_size=batch_size, progress=progress
+        )
+    document = result.to_json()
+    for name, reason in result.failures.items():
+        typer.echo(f"unreadable, counted as never found: {name}: {reason}", err=True)
+    page = write_report(result, document, report) if report else None
+    if json_file is not None and str(json_file) == "-":
+        print_json(document)
+        return
+    if json_file is not None:
+        write_json(json_file, document)
+    typer.echo(as_text(document))
+    if page:
+        typer.echo(f"report: {page}")
+
+
+def _compare(first: Path, second: Path, json_file: Path | None) -> None:
+    from cots.evaluation.comparison import as_json, compare
+    from cots.evaluation.tables import comparison_text
+
+    differences, rsum = compare(first, second)
+    document = as_json(differences, rsum, first, second)
+    if json_file is not None and str(json_file) == "-":
+        print_json(document)
+        return
+    if json_file is not None:
+        write_json(json_file, document)
+    typer.echo(comparison_text(differences, rsum, str(first), str(second)))

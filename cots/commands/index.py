@@ -1,0 +1,168 @@
+"""`cots index ...`: build a gallery and look after it."""
+
+from typing import Annotated
+
+import typer
+
+from cots.commands.options import (
+    BatchSize,
+    GalleryDirectory,
+    GalleryOption,
+    JsonFlag,
+    ModelOption,
+    Sources,
+    gallery_or_embedded,
+)
+from cots.commands.terminal import on_one_line, print_json, progress_bar
+from cots.errors import CotsError
+
+app = typer.Typer(help="Build and look after a gallery.", no_args_is_help=True, rich_markup_mode=None)
+
+ENGINES = "auto, exact, hnsw, ivf or ivfpq"
+RecallTarget = Annotated[
+    float | None,
+    typer.Option(
+        "--recall", metavar="SHARE", help="Of the ten best hits, how many an approximate engine is to find; first 0.95."
+    ),
+]
+
+
+@app.command("build")
+def build(
+    sources: Sources,
+    gallery: GalleryDirectory,
+    model: ModelOption = "embedded",
+    prune: Annotated[bool, typer.Option("--prune", help="Remove items whose files are gone.")] = False,
+    batch_size: BatchSize = None,
+    engine: Annotated[
+        str | None, typer.Option(metavar="ENGINE", help=f"{ENGINES}; by default what the gallery has, at first auto.")
+    ] = None,
+    recall: RecallTarget = None,
+) -> None:
+    """Create a gallery, or bring it up to date: only new and changed files are embedded."""
+    _require_engine(engine)
+    from cots.model.pretrained import load_model
+    from index.build import build
+
+    with progress_bar("embedding") as (progress, complain):
+        report = build(
+            sources,
+            gallery,
+            load_model(model),
+            prune=prune,
+            batch_size=batch_size,
+            engine=engine,
+            recall_target=recall,
+            on_error=complain,
+            progress=progress,
+        )
+    changes = {
+        "added": report.added,
+        "updated": report.updated,
+        "unchanged": report.unchanged,
+        "moved": report.moved,
+        "relabelled": report.relabelled,
+        "removed": report.pruned,
+        "unreadable": len(report.failed),
+    }
+    done = ", ".join(f"{count} {change}" for change, count in changes.items() if count) or "nothing to do"
+    rate = f" ({report.rate:.0f} items/s)" if report.rate else ""
+    typer.echo(
+        f"{gallery}: {done} in {report.seconds:.1f} s{rate}; it holds {report.items} items, {report.vectors} vectors."
+    )
+    if report.failed and not report.items:
+        raise CotsError(f"None of the {len(report.failed)} files could be read, so the gallery {gallery} is empty.")
+    if report.missing:
+        typer.echo(f"{len(report.missing)} items' files are gone; --prune removes them from the gallery.", err=True)
+
+
+@app.command("remove")
+def remove(
+    gallery: GalleryDirectory, where: Annotated[str, typer.Option(metavar="SQL", help="Which items to remove.")]
+) -> None:
+    """Remove items from a gallery; the files themselves stay."""
+    from index.build import remove
+
+    typer.echo(f"{remove(gallery, where)} items removed.")
+
+
+@app.command("info")
+def info(gallery: GalleryOption = None, json_output: JsonFlag = False) -> None:
+    """What a gallery holds and which model built it."""
+    from index.build import info
+
+    document = info(gallery_or_embedded(gallery))
+    if json_output:
+        print_json(document)
+        return
+    for name, value in document.items():
+        typer.echo(f"{name:18} {on_one_line(value)}")
+
+
+@app.command("engine")
+def engine(
+    engine: Annotated[str, typer.Argument(metavar="ENGINE", help=f"{ENGINES}.")],
+    gallery: GalleryDirectory,
+    recall: RecallTarget = None,
+) -> None:
+    """Change what answers queries, and measure it; nothing is embedded again."""
+    _require_engine(engine)
+    from cots.model.pretrained import load_model
+    from index.engine import set_engine
+    from index.gallery import open_gallery
+
+    model = load_model(open_gallery(gallery).manifest.model)
+    for name, value in set_engine(gallery, engine, recall_target=recall, model=model).items():
+        typer.echo(f"{name:18} {on_one_line(value)}")
+
+
+@app.command("compact")
+def compact(gallery: GalleryDirectory) -> None:
+    """Merge the table's fragments, drop removed rows and old versions, and index new captions."""
+    from index.compaction import compact
+
+    report = compact(gallery)
+    typer.echo(
+        f"{gallery}: {report.bytes_before / 1e6:.1f} MB became {report.bytes_after / 1e6:.1f} MB, "
+        f"{report.fragments_before} fragments {report.fragments_after}."
+    )
+
+
+@app.command("duplicates")
+def duplicates(
+    gallery: GalleryOption = None,
+    threshold: Annotated[float, typer.Option(metavar="COSINE", help="The least similarity of near-duplicates.")] = 0.95,
+    json_output: JsonFlag = False,
+) -> None:
+    """List files that a gallery holds more than once: the same bytes, or nearly the same picture."""
+    from index.duplicates import find_duplicates
+
+    found = find_duplicates(gallery_or_embedded(gallery), threshold)
+    if json_output:
+        print_json(found.to_json())
+        return
+    for title, groups in (("the same bytes", found.exact), (f"similar to {threshold:g} or more", found.near)):
+        for group in groups:
+            typer.echo(f"{title} ({group.similarity:.3f})" if group.similarity < 1 else title)
+            for copy in group.copies:
+                typer.echo(f"  {copy.id:8d}  {copy.path}")
+    copies = sum(len(group.copies) - 1 for group in found.exact)
+    typer.echo(f"{copies} superfluous copies in {len(found.exact)} groups; {len(found.near)} groups of similar items.")
+
+
+@app.command("check")
+def check(gallery: GalleryOption = None) -> None:
+    """Verify a gallery: table, manifest, vectors and media agree. Exit code 1 if they do not."""
+    from index.check import check
+
+    problems = check(gallery_or_embedded(gallery))
+    for problem in problems:
+        typer.echo(problem)
+    if problems:
+        raise typer.Exit(1)
+    typer.echo("The gallery is sound.")
+
+
+def _require_engine(engine: str | None) -> None:
+    if engine is not None and engine not in ("auto", "exact", "hnsw", "ivf", "ivfpq"):
+        raise typer.BadParameter(f"the engine is {ENGINES}, not {engine!r}")
