@@ -29,6 +29,7 @@ from cots.tokenizer_config import VisualTokenizerConfig
 from pretrain.distributed import Ranks, process_group
 from pretrain.flops import flops_per_pair, matrix_rate
 from pretrain.loader import Batch
+from pretrain.step_cost import step_flops
 from pretrain.trainer import create_step
 
 WARM_UP, STEPS = 6, 16
@@ -56,7 +57,7 @@ ROWS: dict[str, list[str]] = {
 def our_step(config: PretrainConfig, ranks: Ranks, batch_size: int) -> tuple[Callable[[], Any], float]:
     """A closure that takes a step on synthetic pairs, and its FLOPs a pair."""
     stepper = create_step(config, ranks)
-    flops = stepper.flops_per_pair(batch_size)
+    flops = step_flops(stepper, batch_size) / batch_size
     size, text = config.model.image_tower.image_size, config.model.text_tower
     pixels = torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8, device=ranks.device)
     token_ids = torch.randint(1000, text.vocabulary, (batch_size, text.max_length), device=ranks.device)

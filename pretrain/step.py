@@ -22,7 +22,6 @@ from cots.objectives.collaborative import CollaborativeObjective
 from cots.objectives.gathering import gather
 from cots.objectives.retrieval import PairFeatures
 from pretrain.distributed import Ranks, average_statistics
-from pretrain.flops import flops_per_pair
 from pretrain.loader import Batch
 from pretrain.momentum import MovingAverage
 from pretrain.network import Counts, HiddenPatches, NetworkOutput, TrainingNetwork, encode_items
@@ -36,6 +35,7 @@ from pretrain.sharding import (
     shard_network,
     whole,
 )
+from pretrain.step_cost import without_data
 from pretrain.working_copy import WorkingCopy
 
 Scalars = dict[str, Tensor]
@@ -47,6 +47,7 @@ class TrainingStep:
     Attributes:
         network: the fp32 weights that are optimized.
         momentum: the momentum towers; `average`: the slow average that is shipped, if there is one.
+        outline: the network without data, on the meta device.
         sharded: each rank holds a part of all these.
         low_precision: the towers compute in bf16.
     """
@@ -67,7 +68,7 @@ class TrainingStep:
         self.sharded = training.sharding == "sharded" and ranks.count > 1
         self.low_precision = uses_bf16(training.precision, self.device)
         dtype = torch.bfloat16 if self.low_precision else None
-        self._outline = _without_data(network)
+        self.outline = without_data(network)
         self._whole_encoder: DualEncoder | None = None
         if self.sharded:
             network.to(memory_format=torch.contiguous_format)  # FSDP splits weights row by row
@@ -125,39 +126,6 @@ class TrainingStep:
                 self.average.update()
         self.objective.enqueue(features)
         return scalars
-
-    def flops_per_pair(self, batch_size: int) -> float:
-        """Model FLOPs of a step on `batch_size` items of a rank, divided by them: an item with several captions counts
-        once.
-
-        Counted on a twin without data (the meta device), which takes no kernel and leaves everything as it is.
-        """
-        data, model = self.config.data, self.config.model
-        size, frames = data.image_size or model.image_tower.image_size, data.frames_per_item
-        meta = torch.device("meta")
-        twin = copy.copy(self)
-        twin.device = meta
-        twin.objective = copy.deepcopy(self.objective).to(meta)
-        twin.visual_tokenizer = copy.deepcopy(self.visual_tokenizer)
-        if twin.visual_tokenizer is not None:
-            twin.visual_tokenizer.to(meta)
-        network = copy.deepcopy(self._outline)
-        for outlined, parameter in zip(network.parameters(), self.network.parameters()):
-            outlined.requires_grad_(parameter.requires_grad)
-        momentum = copy.deepcopy(network.encoder).eval()
-
-        def take(count: int) -> None:
-            shape = (count, frames, 3, size, size) if frames > 1 else (count, 3, size, size)
-            token_ids = torch.ones(count * data.captions_per_item, model.text_tower.max_length, dtype=torch.int64)
-            batch = Batch(torch.zeros(shape, dtype=torch.uint8), token_ids, torch.arange(count)).to(meta)
-            patches, words = twin.hide(batch.pixels, batch.token_ids)
-            output = network(batch.pixels, batch.token_ids, patches, words)
-            loss = twin.objective(twin.pair_features(output, batch, momentum=momentum)).loss
-            if output.masked_losses is not None:
-                loss = loss + output.masked_losses.mean()
-            loss.backward()
-
-        return flops_per_pair(take, batch_size)
 
     @contextmanager
     def shipped_encoder(self) -> Iterator[DualEncoder | None]:
@@ -360,16 +328,6 @@ def _compile_encoder(encoder: DualEncoder, by_layer: bool) -> None:
         encoder.image_tower.compile(dynamic=False)
         encoder.text_tower.compile(dynamic=False)
     encoder.prepare_pixels = torch.compile(encoder.prepare_pixels, dynamic=False)  # type: ignore[method-assign]
-
-
-def _without_data(network: TrainingNetwork) -> TrainingNetwork:
-    """A copy that knows the shapes of its weights and buffers alone (the meta device), and takes no memory."""
-    tensors: list[Tensor] = [*network.parameters(), *network.buffers()]
-    shapes = [torch.empty_like(tensor, device="meta") for tensor in tensors]
-    outlines = [
-        nn.Parameter(shape) if isinstance(tensor, nn.Parameter) else shape for tensor, shape in zip(tensors, shapes)
-    ]
-    return copy.deepcopy(network, {id(tensor): outline for tensor, outline in zip(tensors, outlines)})
 
 
 @torch.no_grad()

@@ -66,8 +66,8 @@ class Telemetry:
         self.steps = steps
         self.ranks = ranks
         self._run = run
-        self._flops_per_pair: float | None = None
         self._matrix_rate: float | None = None
+        self._flops = 0.0
         self._since = time.perf_counter()
         self._waited = 0.0
         self._counted = 0
@@ -101,11 +101,16 @@ class Telemetry:
         self._task = self._progress.add_task("training", total=steps, completed=first_step, figures="")
         self._progress.start()
 
-    def utilisation(self, flops_per_pair: float | None, matrix_rate: float | None) -> None:
-        """From what the rows' MFU is computed (see flops.py); either unknown: rows have none."""
-        self._flops_per_pair, self._matrix_rate = flops_per_pair, matrix_rate
+    def utilisation(self, flops_per_item: float, matrix_rate: float) -> None:
+        """Give rows an MFU: the FLOPs of the steps over what the device could do (see flops.py, step_cost.py).
+
+        Args:
+            flops_per_item: of a picture with its captions, for run.json.
+            matrix_rate: FLOP/s of a matrix product.
+        """
+        self._matrix_rate = matrix_rate
         if self.active:
-            self._starts[-1] |= {"flops_per_pair": flops_per_pair, "matrix_rate": matrix_rate}
+            self._starts[-1] |= {"flops_per_item": flops_per_item, "matrix_rate": matrix_rate}
             self._write_starts()
 
     def say(self, text: str) -> None:
@@ -113,9 +118,10 @@ class Telemetry:
         if self.active:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def step(self, scalars: Mapping[str, torch.Tensor], waited: float) -> None:
+    def step(self, scalars: Mapping[str, torch.Tensor], waited: float, flops: float = 0.0) -> None:
         """Count a step. The values stay on the device until `flush`, so that no step waits for the GPU."""
         self._counted += 1
+        self._flops += flops
         self._waited += waited
         for name, value in scalars.items():
             self._scalars.setdefault(name, []).append(value)
@@ -131,8 +137,8 @@ class Telemetry:
         means["seconds"] = elapsed
         means["pairs_per_second"] = self._counted * self.batch_size / elapsed
         means["pairs_per_second_per_gpu"] = means["pairs_per_second"] / self.ranks
-        if self._flops_per_pair and self._matrix_rate:
-            means["mfu"] = self._flops_per_pair * means["pairs_per_second_per_gpu"] / self._matrix_rate
+        if self._matrix_rate:
+            means["mfu"] = self._flops / elapsed / self._matrix_rate
         means["data_wait"] = self._waited / elapsed
         if torch.cuda.is_available():
             means["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -146,7 +152,8 @@ class Telemetry:
 
     def restart(self) -> None:
         """Start counting anew, so that validation time does not count as training time."""
-        self._since, self._waited, self._counted, self._scalars = time.perf_counter(), 0.0, 0, {}
+        self._since, self._waited, self._scalars = time.perf_counter(), 0.0, {}
+        self._counted, self._flops = 0, 0.0
 
     def validation(self, step: int, epoch: float, metrics: Mapping[str, Any]) -> None:
         """Write the recalls {source: {direction: metrics}} as a row of their own."""

@@ -43,6 +43,7 @@ from pretrain.pixel_cache import PixelCache, cached_batches
 from pretrain.report import write_report
 from pretrain.start import starting_encoder, starting_tokenizer
 from pretrain.step import TrainingStep, uses_bf16
+from pretrain.step_cost import StepCost
 from pretrain.telemetry import Telemetry
 from pretrain.validation import Validation, criterion
 
@@ -137,9 +138,10 @@ class Run:
         if training.resume and self.step == 0:
             self.telemetry.say(f"{self.directory} holds no checkpoint to go on from; this run starts from nothing.")
         rate = matrix_rate(self.device)
+        cost: StepCost | None = None
         if rate is not None:
-            flops = self.stepper.flops_per_pair(training.batch_size // self.ranks.count)
-            self.telemetry.utilisation(flops, rate)
+            cost = StepCost(self.stepper, training.batch_size // self.ranks.count)
+            self.telemetry.utilisation(cost.per_item, rate)
         with StopRequest(self.ranks) as stop:
             batches = self._batches()
             self.stepper.parallel.train()
@@ -150,7 +152,8 @@ class Run:
                 waited = time.perf_counter() - asked
                 self._count_bad(batch)
                 self.items_since_log.append(batch.numbers)
-                self.telemetry.step(self.stepper.take(batch, self.step, self.steps), waited)
+                scalars = self.stepper.take(batch, self.step, self.steps)
+                self.telemetry.step(scalars, waited, cost.flops(batch) if cost else 0.0)
                 self.step += 1
                 last = self.step == self.steps
                 stopping = stop.requested(self.step)

@@ -20,6 +20,8 @@ from cots.model.visual_tokenizer import VisualTokenizer, save_visual_tokenizer
 from cots.objectives.retrieval import PairFeatures
 from cots.tokenizer_config import VisualTokenizerConfig
 from pretrain.distributed import Ranks
+from pretrain.loader import Batch
+from pretrain.step_cost import StepCost, step_flops
 from pretrain.trainer import Run, pretrain
 
 MakeConfig = Callable[..., PretrainConfig]
@@ -280,16 +282,32 @@ def test_a_run_counts_its_flops_without_learning(make_config: MakeConfig, every_
     run = Run(make_config(objective=every_level), ALONE)
     before = {name: value.clone() for name, value in run.stepper.network.state_dict().items()}
     random = torch.get_rng_state()
-    everything = run.stepper.flops_per_pair(8)
+    everything = step_flops(run.stepper, 8)
     run.telemetry.close()
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, before[name]) for name, value in run.stepper.network.state_dict().items())
     assert all(parameter.grad is None for parameter in run.stepper.working.network.parameters())
     alone = Run(make_config("alone", objective={"contrastive": {"queue_size": 0, "in_batch": "online"}}), ALONE)
-    contrastive = alone.stepper.flops_per_pair(8)
+    contrastive = step_flops(alone.stepper, 8)
     alone.telemetry.close()
     # a second pass of both towers, and a forward pass of the momentum towers: 2 + 1/3 times the work, and the heads
     assert 2 < everything / contrastive < 3.5
+
+
+def test_a_batch_of_pictures_and_clips_costs_what_each_of_them_does(make_config: MakeConfig) -> None:
+    run = Run(make_config(data={"frames_per_item": 3}), ALONE)
+    cost = StepCost(run.stepper, 4)
+    run.telemetry.close()
+    size = run.config.model.image_tower.image_size
+    clips = torch.zeros(4, 3, 3, size, size, dtype=torch.uint8)
+
+    def flops(pixels: torch.Tensor, counts: tuple[int, ...] | None) -> float:
+        return cost.flops(Batch(pixels, torch.ones(4, 8, dtype=torch.int64), torch.arange(4), counts=counts))
+
+    assert flops(clips[:, 0], None) == pytest.approx(step_flops(run.stepper, 4, 1))
+    assert flops(clips, (1, 1, 1, 1)) == pytest.approx(step_flops(run.stepper, 4, 1))
+    assert flops(clips, None) == pytest.approx(step_flops(run.stepper, 4, 3))
+    assert flops(clips, (3, 1, 3, 1)) == pytest.approx((flops(clips, None) + flops(clips[:, 0], None)) / 2)
 
 
 def _command(config: PretrainConfig) -> list[str]:

@@ -46,8 +46,8 @@ def test_a_resumed_run_goes_on_with_the_log_and_a_new_one_begins_it_anew(tmp_pat
 
 def test_the_rate_is_given_per_gpu_and_as_a_share_of_what_the_device_can_do(tmp_path: Path) -> None:
     telemetry = Telemetry(tmp_path, steps=9, first_step=0, batch_size=4, active=True, ranks=2)
-    telemetry.utilisation(flops_per_pair=100.0, matrix_rate=1000.0)
-    telemetry.step({"loss": torch.tensor(1.0)}, waited=0.0)
+    telemetry.utilisation(flops_per_item=100.0, matrix_rate=1000.0)
+    telemetry.step({"loss": torch.tensor(1.0)}, waited=0.0, flops=200.0)
     means = telemetry.flush(1, 0.1, {"learning_rate": 1e-3})
     telemetry.close()
     assert means["pairs_per_second_per_gpu"] == pytest.approx(means["pairs_per_second"] / 2)
