@@ -1,0 +1,162 @@
+"""Training on a GPU against the same training on the CPU. Skipped where there is none; no timings."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cots.config import PretrainConfig
+from cots.model.pretrained import load_model
+from cots.model.visual_tokenizer import VisualTokenizer, save_visual_tokenizer
+from cots.tokenizer_config import VisualTokenizerConfig
+from pretrain.trainer import pretrain
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+
+MakeConfig = Callable[..., PretrainConfig]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def every_level(tmp_path: Path) -> dict:
+    config = VisualTokenizerConfig(codebook_size=32, code_dim=8, width=16, min_width=8, blocks=1, image_size=32)
+    torch.manual_seed(0)
+    save_visual_tokenizer(tmp_path / "visual_tokenizer", VisualTokenizer(config))
+    return {
+        "momentum": 0.9,
+        "learn_temperature": True,
+        "contrastive": {"queue_size": 50, "in_batch": "online"},
+        "masked_modeling": {
+            "image_weight": 0.5,
+            "text_weight": 0.5,
+            "visual_tokenizer": str(tmp_path / "visual_tokenizer"),
+        },
+        "task_alignment": {"weight": 0.3},
+        "noise_filter": {"queue_size": 16, "start": 0.0},
+    }
+
+
+def _rows(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+def _command(config: PretrainConfig, processes: int = 1) -> list[str]:
+    path = Path(config.training.output).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    launcher = [sys.executable, "-m"]
+    if processes > 1:
+        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    return [*launcher, "pretrain", str(path)]
+
+
+def _train(command: list[str], **environment: str) -> None:
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_fp32_steps_are_those_of_the_cpu_and_bf16_steps_near_them(make_config: MakeConfig, every_level: dict) -> None:
+    every_level["masked_modeling"] = {}  # what is hidden is drawn on the device
+    common = {"objective": every_level, "data": {"captions_per_item": 2}}
+    losses = {}
+    for name, training in {
+        "cpu": {"device": "cpu"},
+        "fp32": {"device": "cuda", "precision": "fp32"},
+        "bf16": {"device": "cuda"},
+    }.items():
+        run = pretrain(make_config(name, **common, training=training))
+        losses[name] = [row["loss"] for row in _rows(run)]
+    assert losses["fp32"] == pytest.approx(losses["cpu"], rel=2e-3)
+    assert losses["bf16"] == pytest.approx(losses["cpu"], rel=0.05)
+
+
+def test_a_compiled_run_with_every_level_compiles_once(make_config: MakeConfig, every_level: dict) -> None:
+    training = {"device": "cuda", "compile": True, "averaging": 0.9}
+    config = make_config(objective=every_level, data={"captions_per_item": 2}, training=training)
+    program = (
+        "import sys, torch\n"
+        "from cots.config import read_config\n"
+        "from pretrain.trainer import pretrain\n"
+        "torch._dynamo.config.error_on_recompile = True\n"
+        "pretrain(read_config(sys.argv[1]))\n"
+    )
+    _train([sys.executable, "-c", program, _command(config)[-1]])
+    rows = _rows(Path(config.training.output))
+    assert len(rows) == 12
+    assert 0 < rows[-1]["mfu"] < 1
+
+
+@pytest.mark.parametrize("changes", [{"activation_checkpointing": True}, {"accumulation": 4}])
+def test_saving_memory_changes_no_loss(make_config: MakeConfig, every_level: dict, changes: dict) -> None:
+    every_level["masked_modeling"] = {}
+    training = {"device": "cuda", "precision": "fp32"}
+    plain = pretrain(make_config("plain", objective=every_level, training=training))
+    thrifty = pretrain(make_config("thrifty", objective=every_level, training={**training, **changes}))
+    first, second = ([row["loss"] for row in _rows(run)] for run in (plain, thrifty))
+    assert second == pytest.approx(first, rel=1e-3)
+
+
+def test_pixels_kept_on_the_gpu_train(make_config: MakeConfig) -> None:
+    run = pretrain(
+        make_config(
+            objective={"contrastive": {"queue_size": 0, "in_batch": "online"}},
+            data={"cache_side": 72, "captions_per_item": 2},
+            optimizer={"learning_rate": 5e-3},
+            training={"device": "cuda", "epochs": 12, "batch_size": 16},
+        )
+    )
+    losses = [row["loss"] for row in _rows(run)]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_a_resumed_run_takes_the_steps_of_one_that_was_never_stopped(
+    make_config: MakeConfig, every_level: dict
+) -> None:
+    training = {"device": "cuda", "averaging": 0.9, "checkpoint_steps": 5}
+    whole = pretrain(make_config("whole", objective=every_level, training=training))
+    config = make_config("parts", objective=every_level, training=training)
+    pretrain(config)
+    for later in sorted((Path(config.training.output) / "checkpoints").glob("*.pt"))[1:]:
+        later.unlink()  # as if it had been killed after the first of them
+    _train([*_command(config), "training.resume=true"])
+    first, second = ({row["step"]: row["loss"] for row in _rows(run)} for run in (whole, Path(config.training.output)))
+    assert second == pytest.approx(first, rel=1e-3)
+
+
+@two_gpus
+@pytest.mark.parametrize("changes", [{}, {"sharding": "sharded"}, {"sharding": "sharded", "compile": True}])
+def test_two_gpus_take_the_steps_of_one(make_config: MakeConfig, every_level: dict, changes: dict) -> None:
+    every_level["masked_modeling"] = {}
+    common = {"objective": every_level, "data": {"captions_per_item": 2}}
+    training = {"device": "auto", "precision": "fp32", "averaging": 0.9}
+    one = make_config("one", **common, training=training)
+    two = make_config("two", **common, training={**training, **changes})
+    _train(_command(one), CUDA_VISIBLE_DEVICES="0")
+    _train(_command(two, processes=2))
+    first, second = (_rows(Path(config.training.output)) for config in (one, two))
+    for name in ("loss", "loss_alignment", "filter_kept", "temperature"):
+        assert [row[name] for row in second] == pytest.approx([row[name] for row in first], rel=2e-3, abs=1e-3)
+    texts = ["a red ball on black", "a yellow boat"]
+    one_model, two_model = (load_model(config.training.output, device="cpu") for config in (one, two))
+    torch.testing.assert_close(two_model.encode_texts(texts), one_model.encode_texts(texts), rtol=1e-2, atol=1e-2)
+
+
+def test_the_embedded_model_gives_the_cpus_embeddings() -> None:
+    pixels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    texts = ["a dog on the beach", "two red cars", "snow"]
+    on_cpu, on_gpu = load_model("embedded", device="cpu"), load_model("embedded", device="cuda")
+    pixels = torch.nn.functional.interpolate(pixels.float(), size=on_cpu.image_size, mode="bilinear").byte()
+    for ours, theirs in (
+        (on_gpu.encode_images(pixels), on_cpu.encode_images(pixels)),
+        (on_gpu.encode_texts(texts), on_cpu.encode_texts(texts)),
+    ):
+        assert (ours * theirs).sum(dim=1).min() > 0.999
