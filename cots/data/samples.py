@@ -57,7 +57,10 @@ class Sample:
         """
         if self.offset is None:
             return read_span(self.path, 0, -1)
-        return read_span(self.path.rpartition(MEMBER_SEPARATOR)[0], self.offset, self.size)
+        try:
+            return read_span(self.path.rpartition(MEMBER_SEPARATOR)[0], self.offset, self.size)
+        except MediaError as error:  # which is the shard's
+            raise MediaError(self.path, error.reason) from error
 
     def media(self) -> str | bytes:
         """What `open_image` and `read_frames` take: a plain file's path, else bytes."""
