@@ -8,14 +8,14 @@ before. Frames of neighbouring videos and images share batches. What cannot be r
 never a vector.
 """
 
-import hashlib
-import io
+import logging
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from torch import Tensor
 
+from cots.data.decode_ahead import Decoded, MediaDecoder, content_hash
+from cots.data.device_turns import DeviceTurns
 from cots.data.frame_sampling import EVERY_SECOND, FrameSampling
-from cots.data.image_io import open_image, os_reason
+from cots.data.gpu_jpeg import gpu_jpeg_decoder
 from cots.data.samples import Sample
 from cots.errors import MediaError, SourceError
 from cots.model.retrieval_model import RetrievalModel
@@ -35,10 +36,13 @@ from cots.moments import Moment, pool_video
 from cots.single_core import single_core_threads
 from cots.stopwatch import Stopwatch
 
+__all__ = ["Embedded", "Progress", "content_hash", "embed", "write_parquet"]
+
 CPU_BATCH = 4
 GPU_BATCH = 64
-DECODED_AHEAD = 16
+GPU_ENCODERS = 2
 ENOUGH_TO_JUDGE = 20
+log = logging.getLogger("cots")
 
 
 @dataclass(frozen=True)
@@ -84,19 +88,6 @@ class Progress:
         if self.total is None or not self.rate:
             return None
         return max(self.total - self.done - self.failed, 0) / self.rate
-
-
-@dataclass(frozen=True)
-class _Decoded:
-    """A sample on its way to the model: (F, 3, S, S) uint8 pixels and, for a video, the seconds of its F frames."""
-
-    sample: Sample
-    pixels: Tensor
-    times: tuple[float, ...]
-    content_hash: str
-    width: int
-    height: int
-    duration: float | None
 
 
 def embed(
@@ -145,25 +136,22 @@ def embed(
         if progress is not None:
             progress(Progress(done, failed, total, time.perf_counter() - started))
 
-    def decode(sample: Sample) -> _Decoded:
-        with stopwatch.measure("decoding"):
-            return _decode_video(sample, model, frames) if sample.kind == "video" else _decode_image(sample, model)
+    gpu_jpegs = gpu_jpeg_decoder(model.square, model.device)
+    decoder = MediaDecoder(model.square, frames, workers, batch_size, gpu_jpegs, stopwatch)
 
-    def readable() -> Iterator[_Decoded]:
+    def readable() -> Iterator[Decoded]:
         nonlocal read, failed, last
-        for outcome in _decode_ahead(samples, decode, workers, batch_size):
-            try:
-                decoded = outcome.result()
-            except MediaError as error:
-                failed, last = failed + 1, error
-                on_error(error)
+        for outcome in decoder.decode(samples):
+            if isinstance(outcome, MediaError):
+                failed, last = failed + 1, outcome
+                on_error(outcome)
                 tell()
-                _judge(failed, read + failed, max_bad_share, error, enough=ENOUGH_TO_JUDGE)
+                _judge(failed, read + failed, max_bad_share, outcome, enough=ENOUGH_TO_JUDGE)
             else:
                 read += 1
-                yield decoded
+                yield outcome
 
-    for decoded, vectors in _encode(readable(), model, batch_size, stopwatch):
+    for decoded, vectors in _Encoder(model, batch_size, stopwatch).encode(readable()):
         embedded = _pool(decoded, vectors, model)
         if np.isfinite(embedded.vectors).all():
             done += 1
@@ -175,25 +163,6 @@ def embed(
         tell()
     if last is not None:
         _judge(failed, read + failed, max_bad_share, last, enough=1)
-
-
-def content_hash(sample: Sample) -> str:
-    """BLAKE2b of a sample's bytes, as 32 hexadecimal digits; a large file is read piece by piece.
-
-    Raises:
-        MediaError: it cannot be read.
-    """
-    if sample.offset is not None:
-        return _digest(io.BytesIO(sample.read_bytes()))
-    try:
-        with open(sample.path, "rb") as file:
-            return _digest(file)
-    except OSError as error:
-        raise MediaError(sample.path, os_reason(error)) from error
-
-
-def _digest(file: io.BufferedReader | io.BytesIO) -> str:
-    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def write_parquet(path: str | Path, embedded: Iterable[Embedded], model: RetrievalModel, batch_rows: int = 4096) -> int:
@@ -262,105 +231,110 @@ def _judge(failed: int, seen: int, max_bad_share: float, last: MediaError, enoug
         )
 
 
-def _decode_ahead(
-    samples: Iterable[Sample], decode: Callable[[Sample], _Decoded], workers: int, batch_size: int
-) -> Iterator["Future[_Decoded]"]:
-    """Decode in threads and give the outcomes in order.
+class _Encoder:
+    """Encodes pictures in full batches, whichever samples they belong to.
 
-    An image in flight counts 1, a video as many as there are images in flight for each worker: so there are never more
-    than about two batches of pictures, or a few videos' frames, in memory.
+    Args:
+        batch_size: pictures that the model encodes at once; fewer, once the device has had no room for so many.
+        stopwatch: told the seconds of "encoding".
     """
-    room = 2 * max(batch_size, DECODED_AHEAD) + workers
-    weights = {"image": 1, "video": max(room // (workers + 1), 1)}
-    in_flight: deque[tuple[int, Future[_Decoded]]] = deque()
-    used = 0
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    try:
-        for sample in samples:
-            weight = weights[sample.kind]
-            while in_flight and used + weight > room:
-                freed, outcome = in_flight.popleft()
-                used -= freed
-                yield outcome
-            in_flight.append((weight, pool.submit(decode, sample)))
-            used += weight
-        while in_flight:
-            yield in_flight.popleft()[1]
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+
+    def __init__(self, model: RetrievalModel, batch_size: int, stopwatch: Stopwatch) -> None:
+        self._model = model
+        self._batch_size = batch_size
+        self._most = batch_size
+        self._stopwatch = stopwatch
+        # On a CPU each batch is one core's. A GPU has two threads, so that it goes from one batch to the next at once.
+        self._threads = torch.get_num_threads() if model.device.type == "cpu" else GPU_ENCODERS
+        self._turns = DeviceTurns(model.device, self._threads)
+
+    def encode(self, decoded: Iterable[Decoded]) -> Iterator[tuple[Decoded, np.ndarray]]:
+        """Each sample with the vectors of its pictures, (F, D) float32, in order."""
+        waiting: deque[Decoded] = deque()
+        parts: list[Tensor] = []
+        queued = 0
+        batches: deque[Future[np.ndarray]] = deque()
+        vectors = np.empty((0, self._model.dimension), np.float32)
+
+        def settle() -> Iterator[tuple[Decoded, np.ndarray]]:
+            nonlocal vectors
+            vectors = np.concatenate([vectors, batches.popleft().result()])
+            start = 0
+            while waiting and len(waiting[0].pixels) <= len(vectors) - start:
+                ready = waiting.popleft()
+                stop = start + len(ready.pixels)
+                yield ready, vectors[start:stop]
+                start = stop
+            vectors = vectors[start:]
+
+        with single_core_threads(self._threads, "encode") as pool:
+            for sample in decoded:
+                waiting.append(sample)
+                parts.append(sample.pixels)
+                queued += len(sample.pixels)
+                while queued >= self._batch_size:
+                    batch, parts = _split(parts, self._batch_size)
+                    queued -= self._batch_size
+                    batches.append(pool.submit(self._encode_batch, batch))
+                    if len(batches) > self._threads:
+                        yield from settle()
+            if queued:
+                batches.append(pool.submit(self._encode_batch, parts))
+            while batches:
+                yield from settle()
+
+    def _encode_batch(self, parts: list[Tensor]) -> np.ndarray:
+        with self._stopwatch.measure("encoding"), self._turns.turn():
+            pictures = _joined(parts, self._model.device)
+            vectors: list[np.ndarray] = []
+            done = 0
+            while done < len(pictures):
+                some = pictures[done : done + self._most]
+                try:
+                    vectors.append(self._model.encode_images(some).numpy())
+                except torch.OutOfMemoryError:
+                    if len(some) == 1:
+                        raise
+                    self._halve(len(some))
+                else:
+                    done += len(some)
+            return np.concatenate(vectors)
+
+    def _halve(self, size: int) -> None:
+        if self._most == self._batch_size:
+            log.warning(
+                "The GPU has no memory for %d pictures at once; it goes on with fewer. A smaller batch size, set from "
+                "the start, saves the tries.",
+                size,
+            )
+        self._most = min(self._most, size // 2)
+        torch.cuda.empty_cache()
 
 
-def _decode_image(sample: Sample, model: RetrievalModel) -> _Decoded:
-    content = sample.read_bytes()
-    image = open_image(content, name=sample.path, target_size=model.image_size)
-    width, height = _full_size(content, image)
-    pixels = model.transform(image)[None]
-    return _Decoded(sample, pixels, (), _digest(io.BytesIO(content)), width, height, None)
+def _split(parts: list[Tensor], size: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The first `size` pictures, and the rest."""
+    taken = 0
+    for place, part in enumerate(parts):
+        taken += len(part)
+        if taken >= size:
+            cut = len(part) - (taken - size)
+            rest = [part[cut:]] if taken > size else []
+            return [*parts[:place], part[:cut]], [*rest, *parts[place + 1 :]]
+    raise AssertionError(f"{taken} pictures are fewer than {size}")
 
 
-def _full_size(content: bytes, image: Image.Image) -> tuple[int, int]:
-    """Size of the upright picture; a JPEG may have been decoded at a fraction of it."""
-    if not content.startswith(b"\xff\xd8\xff"):
-        return image.size
-    with Image.open(io.BytesIO(content)) as header:
-        width, height = header.size
-    return (width, height) if (width > height) == (image.width > image.height) else (height, width)
+def _joined(parts: list[Tensor], device: torch.device) -> Tensor:
+    """One batch on the device of pictures that lie on it or on the CPU."""
+    runs = []
+    for kind, run in groupby(parts, key=lambda part: part.device.type):
+        pictures = torch.cat(list(run))
+        if kind != device.type:
+            pictures = pictures.pin_memory().to(device, non_blocking=True)
+        runs.append(pictures)
+    return runs[0] if len(runs) == 1 else torch.cat(runs)
 
 
-def _decode_video(sample: Sample, model: RetrievalModel, sampling: FrameSampling) -> _Decoded:
-    frames = sampling.read(sample, model.image_size)
-    pixels = torch.stack([model.transform(image) for image in frames.images])
-    info = frames.info
-    return _Decoded(sample, pixels, tuple(frames.times), content_hash(sample), info.width, info.height, frames.duration)
-
-
-def _encode(
-    decoded: Iterable[_Decoded], model: RetrievalModel, batch_size: int, stopwatch: Stopwatch
-) -> Iterator[tuple[_Decoded, np.ndarray]]:
-    """Encode in full batches, whichever samples the frames belong to: (sample, (F, D) float32) in order."""
-    waiting: deque[_Decoded] = deque()
-    pixels: list[Tensor] = []
-    queued = 0
-    batches: deque[Future[Tensor]] = deque()
-    vectors = np.empty((0, model.dimension), np.float32)
-
-    def take(size: int) -> Tensor:
-        nonlocal queued
-        joined = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
-        pixels[:] = [joined[size:]]
-        queued -= size
-        return joined[:size]
-
-    def encode(pictures: Tensor) -> Tensor:
-        with stopwatch.measure("encoding"):
-            return model.encode_images(pictures)
-
-    def settle() -> Iterator[tuple[_Decoded, np.ndarray]]:
-        nonlocal vectors
-        vectors = np.concatenate([vectors, batches.popleft().result().numpy()])
-        while waiting and len(waiting[0].pixels) <= len(vectors):
-            ready = waiting.popleft()
-            yield ready, vectors[: len(ready.pixels)]
-            vectors = vectors[len(ready.pixels) :]
-
-    # On a CPU each batch is one core's; a GPU has one thread, which feeds it while the next batch is gathered.
-    threads = torch.get_num_threads() if model.device.type == "cpu" else 1
-    with single_core_threads(threads, "encode") as pool:
-        for sample in decoded:
-            waiting.append(sample)
-            pixels.append(sample.pixels)
-            queued += len(sample.pixels)
-            while queued >= batch_size:
-                batches.append(pool.submit(encode, take(batch_size)))
-                if len(batches) > threads:
-                    yield from settle()
-        if queued:
-            batches.append(pool.submit(encode, take(queued)))
-        while batches:
-            yield from settle()
-
-
-def _pool(decoded: _Decoded, frames: np.ndarray, model: RetrievalModel) -> Embedded:
+def _pool(decoded: Decoded, frames: np.ndarray, model: RetrievalModel) -> Embedded:
     """Frame vectors (F, D) -> the vectors of the sample."""
     vectors: np.ndarray = frames
     moments: tuple[Moment, ...] = ()

@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def open_image(
     name: str = "",
     max_pixels: int = MAX_PIXELS,
     target_size: int | None = None,
+    admit: Callable[[tuple[int, int], int], None] | None = None,
 ) -> Image.Image:
     """Decode an image to upright RGB: EXIF applied, transparency laid on white, deep and CMYK modes brought to 8 bits.
 
@@ -47,6 +49,8 @@ def open_image(
         max_pixels: the largest width x height accepted, checked before any pixel is decoded.
         target_size: the short side that the caller will scale to. A JPEG may then be decoded at 1/2, 1/4 or 1/8 of its
             size, with the short side kept at twice the target or more. None: full size.
+        admit: told before any pixel is decoded the picture's width and height as stored, and how many pixels decoding
+            holds in memory; may wait until there is room for them.
 
     Returns:
         A loaded picture of mode RGB. Of an animation, the first frame.
@@ -64,8 +68,13 @@ def open_image(
             with _open(file) as image:
                 if image.width * image.height > max_pixels:
                     raise MediaError(name, _too_large(image.width, image.height, max_pixels))
+                stored = image.size
                 if target_size is not None:
                     image.draft("RGB", (2 * target_size, 2 * target_size))
+                if admit is not None:
+                    # a progressive JPEG's coefficients are held whole, at whatever size it is decoded
+                    held = stored if "progressive" in image.info else image.size
+                    admit(stored, held[0] * held[1])
                 image.load()
                 return _upright(image, to_rgb(image))
         except MediaError:

@@ -28,15 +28,21 @@ class SquareTransform:
         self.interpolation = interpolation
 
     def __call__(self, image: Image.Image) -> Tensor:
-        size, resampling = self.size, _RESAMPLING[self.interpolation]
+        scaled, (left, top) = self.geometry(*image.size)
+        resized = image.resize(scaled, _RESAMPLING[self.interpolation])
+        if scaled == (self.size, self.size):
+            return _pixels(resized)
+        return _pixels(resized.crop((left, top, left + self.size, top + self.size)))
+
+    def geometry(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The width and height that a picture is scaled to, and the left upper corner of the square in that."""
+        size = self.size
         if self.resize == "squash":
-            return _pixels(image.resize((size, size), resampling))
-        width, height = image.size
+            return (size, size), (0, 0)
         short = min(width, height)
         # torchvision's rule: the longer side is truncated, the crop's corner rounded
-        scaled = image.resize((int(size * width / short), int(size * height / short)), resampling)
-        left, top = round((scaled.width - size) / 2), round((scaled.height - size) / 2)
-        return _pixels(scaled.crop((left, top, left + size, top + size)))
+        scaled = (int(size * width / short), int(size * height / short))
+        return scaled, (round((scaled[0] - size) / 2), round((scaled[1] - size) / 2))
 
     def __repr__(self) -> str:
         return f"SquareTransform({self.size}, {self.resize!r}, {self.interpolation!r})"

@@ -14,6 +14,7 @@ from cots.data.square_transform import SquareTransform
 from cots.model.dual_encoder import ImageStream
 from cots.model.folding import fold_batch_norms
 from cots.model.model_directory import SavedModel
+from cots.model.tower import lower_precision
 from cots.moments import unit_mean
 
 
@@ -111,7 +112,8 @@ class CotsModel(RetrievalModel):
             return self._image_stream().pool_frames(clip)[0].cpu().numpy()
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
-        return self._image_stream().encode_image(pixels.contiguous(memory_format=torch.channels_last)).embedding
+        with torch.autocast(self.device.type, enabled=False):  # the tower's weights say in what it computes
+            return self._image_stream().encode_image(pixels.contiguous(memory_format=torch.channels_last)).embedding
 
     def _encode_sentences(self, texts: list[str]) -> Tensor:
         return self._texts.encode_text(self.tokenizer(texts).to(self.device)).embedding
@@ -126,4 +128,7 @@ class CotsModel(RetrievalModel):
         stream = self._saved.image_stream().to(self.device).to(memory_format=torch.channels_last)
         sample = torch.rand(1, 3, self.image_size, self.image_size, device=self.device)
         stream.image_tower = fold_batch_norms(stream.image_tower, sample)
+        if self.device.type == "cuda":
+            lower_precision(stream, torch.float16)
+            torch.cuda.synchronize(self.device)  # whichever thread's stream uses it next
         return stream
