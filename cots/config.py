@@ -186,8 +186,9 @@ class ContrastiveConfig(Settings):
     queue_size: int = Field(12_800, ge=0)
     """Momentum features kept per modality as negatives; 0: only those of the batch."""
     in_batch: Literal["none", "momentum", "online"] = "none"
-    """Negatives from the other pairs of the global batch besides the queue's: none (as in the paper), their momentum
-    features, or their online features, through which gradients then flow."""
+    """Negatives from the other pairs of the global batch besides the queue's: none (as in the paper); their momentum
+    features; or their online features, through which gradients then flow. Online features are compared among
+    themselves, apart from the queue's, and the two losses averaged (see cots/objectives/retrieval.py)."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
     @model_validator(mode="after")

@@ -72,18 +72,20 @@ class CollaborativeObjective(nn.Module):
             tasks = retrieval_tasks(batch, self.queue, temperature, contrastive.in_batch)
             kept = self._kept(batch, progress)
             if contrastive.weight:
-                own = _mean_of_kept(contrastive_losses(tasks, contrastive.label_smoothing), batch, kept)
+                losses = _mean([contrastive_losses(task, contrastive.label_smoothing) for task in tasks])
+                own = _mean_of_kept(losses, batch, kept)
                 loss = loss + contrastive.weight * own
                 scalars["loss_contrastive"] = own.detach()
             if alignment.weight:
-                own = _mean_of_kept(alignment_losses(tasks, alignment.gradient), batch, kept)
+                losses = _mean([alignment_losses(task, alignment.gradient) for task in tasks])
+                own = _mean_of_kept(losses, batch, kept)
                 loss = loss + alignment.weight * own
                 scalars["loss_alignment"] = own.detach()
-                scalars["direction_agreement"] = agreement(tasks)
+                scalars["direction_agreement"] = _mean([agreement(task) for task in tasks])
             scalars |= {
                 "temperature": temperature.detach(),
-                "positive_similarity": tasks.positive,
-                "negative_similarity": tasks.negative,
+                "positive_similarity": _mean([task.positive for task in tasks]),
+                "negative_similarity": _mean([task.negative for task in tasks]),
             }
             if self.queue.size:
                 scalars["queue_fill"] = self.queue.fill.float() / self.queue.size
@@ -103,6 +105,10 @@ class CollaborativeObjective(nn.Module):
         if not self.filter.enabled:
             return None
         return self.filter.keep(batch.image_momentum, batch.text_momentum, progress)
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).mean(dim=0)
 
 
 def _mean_of_kept(losses: Tensor, batch: PairFeatures, kept: Tensor | None) -> Tensor:

@@ -2,6 +2,10 @@
 
 For every pair, the image chooses among texts and the text among images. Candidate 0 is the pair's own; the others are
 the rest of the global batch (if configured) and the queue. Candidate j of both directions comes from the same pair.
+
+All candidates of a choice come from the same towers, the learning ones or the momentum ones. The latter lag behind, and
+where a positive of today stood among negatives of a hundred steps ago, the age alone would tell it from them: measured
+on Flickr8k, that costs 4 points of R@1. With online features and a queue there are therefore two choices.
 """
 
 from dataclasses import dataclass
@@ -57,32 +61,56 @@ class RetrievalTasks:
     negative: Tensor
 
 
-def retrieval_tasks(batch: PairFeatures, queue: FeatureQueue, temperature: Tensor, in_batch: str) -> RetrievalTasks:
-    """Both directions over the queue and, by `in_batch` (see ContrastiveConfig), the other pairs of the batch."""
+def retrieval_tasks(
+    batch: PairFeatures, queue: FeatureQueue, temperature: Tensor, in_batch: str
+) -> list[RetrievalTasks]:
+    """Both directions over the queue and, by `in_batch` (see ContrastiveConfig), the other pairs of the batch.
+
+    Returns:
+        one choice among momentum features, or one among the batch's online features; with both online features and a
+        queue, the two of them.
+    """
     with full_precision(batch.image.device):
-        texts, images = batch.text_momentum, batch.image_momentum
+        others_in_batch = batch.item_ids[:, None] != batch.all_item_ids
+        tasks = []
         if in_batch == "online":
-            texts, images = gather_with_gradient(batch.text), gather_with_gradient(batch.image)
-        allowed = queue.negatives_of(batch.item_ids)
-        if in_batch != "none":
-            allowed = torch.cat([batch.item_ids[:, None] != batch.all_item_ids, allowed], dim=1)
+            images, texts = gather_with_gradient(batch.image), gather_with_gradient(batch.text)
+            tasks.append(_tasks(batch, (images, texts), images, texts, others_in_batch, temperature))
+        if in_batch != "online" or queue.size:
+            own = batch.image_momentum, batch.text_momentum
+            images, texts, allowed = queue.image, queue.text, queue.negatives_of(batch.item_ids)
+            if in_batch == "momentum":
+                images, texts = torch.cat([own[0], images]), torch.cat([own[1], texts])
+                allowed = torch.cat([others_in_batch, allowed], dim=1)
+            tasks.append(_tasks(batch, own, images, texts, allowed, temperature))
+        return tasks
 
-        def direction(anchors: Tensor, own: Tensor, queued: Tensor) -> tuple[Tensor, Tensor]:
-            others = queued if in_batch == "none" else torch.cat([own, queued])
-            positive = (anchors * own[batch.own_rows]).sum(dim=1, keepdim=True)
-            return positive, anchors @ others.T
 
-        def log_probabilities(positive: Tensor, others: Tensor) -> Tensor:
-            logits = torch.cat([positive, others], dim=1) / temperature
-            logits[:, 1:].masked_fill_(~allowed, _EXCLUDED)
-            return torch.log_softmax(logits, dim=1)
+def _tasks(
+    batch: PairFeatures,
+    own: tuple[Tensor, Tensor],
+    images: Tensor,
+    texts: Tensor,
+    allowed: Tensor,
+    temperature: Tensor,
+) -> RetrievalTasks:
+    """Both directions among the pairs' own features, (W*B, D) of images and of texts, and others (N, D) of which
+    `allowed` (B, N) says which are candidates."""
 
-        to_text, to_image = direction(batch.image, texts, queue.text), direction(batch.text, images, queue.image)
-        negative = sum((others.detach() * allowed).sum() for _, others in (to_text, to_image))
-        return RetrievalTasks(
-            log_probabilities(*to_text),
-            log_probabilities(*to_image),
-            allowed,
-            (to_text[0].detach().mean() + to_image[0].detach().mean()) / 2,
-            negative / (2 * allowed.sum()).clamp_min(1),
-        )
+    def similarities(anchors: Tensor, positives: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+        return (anchors * positives[batch.own_rows]).sum(dim=1, keepdim=True), anchors @ others.T
+
+    def log_probabilities(positive: Tensor, others: Tensor) -> Tensor:
+        logits = torch.cat([positive, others], dim=1) / temperature
+        logits[:, 1:].masked_fill_(~allowed, _EXCLUDED)
+        return torch.log_softmax(logits, dim=1)
+
+    to_text, to_image = similarities(batch.image, own[1], texts), similarities(batch.text, own[0], images)
+    negative = sum((others.detach() * allowed).sum() for _, others in (to_text, to_image))
+    return RetrievalTasks(
+        log_probabilities(*to_text),
+        log_probabilities(*to_image),
+        allowed,
+        (to_text[0].detach().mean() + to_image[0].detach().mean()) / 2,
+        negative / (2 * allowed.sum()).clamp_min(1),
+    )

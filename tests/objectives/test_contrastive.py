@@ -26,34 +26,43 @@ def _batch(item_ids: list[int]) -> PairFeatures:
 
 
 def _losses(batch: PairFeatures, queue: FeatureQueue, temperature: float, in_batch: str = "none") -> torch.Tensor:
-    return contrastive_losses(retrieval_tasks(batch, queue, torch.tensor(temperature), in_batch))
+    tasks = retrieval_tasks(batch, queue, torch.tensor(temperature), in_batch)
+    return torch.stack([contrastive_losses(task) for task in tasks]).mean(dim=0)
 
 
 def _naive_losses(batch: PairFeatures, queue: FeatureQueue, temperature: float, in_batch: str) -> list[float]:
     """The definition, pair by pair and candidate by candidate."""
+    items, filled = batch.item_ids.tolist(), range(int(queue.fill))
     losses = []
-    for i, item in enumerate(batch.item_ids.tolist()):
-        loss = 0.0
+    for i, item in enumerate(items):
+        others = [j for j, other in enumerate(items) if other != item]
+        queued = [j for j in filled if queue.item_ids[j].item() != item]
+        choices = []
         for anchor, momentum, online, rows in (
             (batch.image[i], batch.text_momentum, batch.text, queue.text),
             (batch.text[i], batch.image_momentum, batch.image, queue.image),
         ):
-            others = online if in_batch == "online" else momentum
-            candidates = [others[i]]
-            if in_batch != "none":
-                candidates += [others[j] for j, other in enumerate(batch.item_ids.tolist()) if other != item]
-            filled = range(int(queue.fill))
-            candidates += [rows[j] for j in filled if queue.item_ids[j].item() != item]
+            if in_batch == "online":
+                choices.append((anchor, [online[i], *(online[j] for j in others)]))
+            if in_batch == "momentum":
+                choices.append((anchor, [momentum[j] for j in [i, *others]] + [rows[j] for j in queued]))
+            elif queue.size:
+                choices.append((anchor, [momentum[i], *(rows[j] for j in queued)]))
+        loss = 0.0
+        for anchor, candidates in choices:
             scores = [(anchor @ candidate).item() / temperature for candidate in candidates]
             loss += math.log(sum(math.exp(score) for score in scores)) - scores[0]
-        losses.append(loss / 2)
+        losses.append(loss / len(choices))
     return losses
 
 
-@pytest.mark.parametrize("in_batch", ["none", "momentum", "online"])
-def test_the_loss_equals_its_definition(in_batch: str) -> None:
-    queue = FeatureQueue(7, D)
-    queue.enqueue(_unit(5, D), _unit(5, D), torch.tensor([1, 2, 3, 3, 8]))
+@pytest.mark.parametrize(
+    ("in_batch", "size"), [("none", 7), ("momentum", 7), ("momentum", 0), ("online", 7), ("online", 0)]
+)
+def test_the_loss_equals_its_definition(in_batch: str, size: int) -> None:
+    queue = FeatureQueue(size, D)
+    if size:
+        queue.enqueue(_unit(5, D), _unit(5, D), torch.tensor([1, 2, 3, 3, 8]))
     batch = _batch([3, 4, 4, 9])
     losses = _losses(batch, queue, 0.1, in_batch)
     assert losses.tolist() == pytest.approx(_naive_losses(batch, queue, 0.1, in_batch), rel=1e-4)
