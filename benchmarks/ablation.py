@@ -1,11 +1,13 @@
 """What each level of the objective brings: every arm from the same start, on the same number of samples, several seeds.
 
     python benchmarks/ablation.py --gpus 0 1 --per-gpu 3 --seeds 0 1 2 --out ablation.jsonl
+    python benchmarks/ablation.py --arms "contrastive only" "cooler: objective.temperature=0.07" --set training.epochs=8
     python benchmarks/ablation.py --table ablation.jsonl
 
-An arm is configs/ablation.yaml with some settings changed; arms that end in `, noisy` see shards in which a fifth of
-all captions are exchanged between pictures. Recall is that of the averaged weights after the last step: no checkpoint
-is chosen, so validation pairs play no part in an arm. Runs that are in the output file already are not repeated.
+An arm is configs/ablation.yaml with some settings changed: one of those below, or `NAME: key=value ...`. Arms whose
+names end in `, noisy` see shards in which a fifth of all captions are exchanged between pictures. Recall is that of the
+averaged weights after the last step: no checkpoint is chosen, so validation pairs play no part in an arm. Runs that are
+in the output file already are not repeated.
 """
 
 import argparse
@@ -70,6 +72,12 @@ def write_noisy_shards(shards: Iterable[Path], out: Path, share: float, seed: in
                 tar.addfile(info, io.BytesIO(content))
 
 
+def settings_of(arm: str) -> tuple[str, list[str]]:
+    """The name of an arm and its settings, given as `NAME` of ARMS or as `NAME: key=value key=value`."""
+    name, _, given = arm.partition(": ")
+    return name, given.split() if given else ARMS[name.removesuffix(", noisy")]
+
+
 def run(name: str, overrides: list[str], seed: int, runs: Path, config: Path) -> dict[str, Any]:
     """Train one arm with one seed, and read its last validation."""
     from cots.config import read_config  # after the worker's GPU is chosen
@@ -126,7 +134,9 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="*", help="by default all; `, noisy` may be added to a name")
+    parser.add_argument(
+        "--arms", nargs="*", help="by default all; `, noisy` may be added to a name, settings after a colon"
+    )
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--gpus", nargs="*", default=["0"])
     parser.add_argument("--per-gpu", type=int, default=2, help="runs that share a GPU")
@@ -139,7 +149,9 @@ def main() -> None:
     if arguments.table:
         print(table([json.loads(line) for line in arguments.table.read_text().splitlines()]))
         return
-    names = arguments.arms or [*ARMS, "contrastive only, noisy", "+ noise filter, noisy", "all together, noisy"]
+    given = arguments.arms or [*ARMS, "contrastive only, noisy", "+ noise filter, noisy", "all together, noisy"]
+    settings = dict(map(settings_of, given))
+    names = list(settings)
     if any(name.endswith(", noisy") for name in names):
         write_noisy_shards(sorted(SHARDS.glob("train-*.tar")), arguments.runs / "noisy", NOISE)
     done = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
@@ -150,7 +162,7 @@ def main() -> None:
     for seed in arguments.seeds:
         for name in names:
             if (name, seed) not in known:
-                overrides = [*ARMS[name.removesuffix(", noisy")], *arguments.set]
+                overrides = [*settings[name], *arguments.set]
                 if name.endswith(", noisy"):
                     overrides.append(f"data.train=[{{path: '{arguments.runs}/noisy/train-*.tar'}}]")
                 jobs.put((name, overrides, seed))
