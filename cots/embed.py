@@ -36,7 +36,7 @@ from cots.moments import Moment, pool_video
 from cots.single_core import single_core_threads
 from cots.stopwatch import Stopwatch
 
-__all__ = ["Embedded", "Progress", "content_hash", "embed", "write_parquet"]
+__all__ = ["ENOUGH_TO_JUDGE", "Embedded", "Progress", "content_hash", "embed", "require_readable", "write_parquet"]
 
 CPU_BATCH = 4
 GPU_BATCH = 64
@@ -146,7 +146,7 @@ def embed(
                 failed, last = failed + 1, outcome
                 on_error(outcome)
                 tell()
-                _judge(failed, read + failed, max_bad_share, outcome, enough=ENOUGH_TO_JUDGE)
+                require_readable(failed, read + failed, max_bad_share, outcome, enough=ENOUGH_TO_JUDGE)
             else:
                 read += 1
                 yield outcome
@@ -162,7 +162,7 @@ def embed(
             on_error(last)
         tell()
     if last is not None:
-        _judge(failed, read + failed, max_bad_share, last, enough=1)
+        require_readable(failed, read + failed, max_bad_share, last, enough=1)
 
 
 def write_parquet(path: str | Path, embedded: Iterable[Embedded], model: RetrievalModel, batch_rows: int = 4096) -> int:
@@ -223,7 +223,18 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _judge(failed: int, seen: int, max_bad_share: float, last: MediaError, enough: int) -> None:
+def require_readable(failed: int, seen: int, max_bad_share: float, last: MediaError, enough: int) -> None:
+    """Stop a run of which too many samples cannot be read.
+
+    Args:
+        failed, seen: unreadable samples, and all so far.
+        max_bad_share: the share of these that is allowed.
+        last: the last one's error.
+        enough: samples that must have been seen.
+
+    Raises:
+        SourceError: more are unreadable.
+    """
     if seen >= enough and failed > max_bad_share * seen:
         raise SourceError(
             f"{failed} of {seen} files could not be read, more than the allowed share of {max_bad_share:g} "
