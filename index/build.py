@@ -1,7 +1,8 @@
 """Build a gallery or bring it up to date, take items out, and say what it holds. `index.check` checks it."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -11,12 +12,14 @@ import numpy as np
 import pyarrow.compute as pc
 
 from cots.data.samples import Sample, iter_samples
-from cots.embed import Progress, embed
+from cots.embed import Embedded, Progress, embed
 from cots.errors import MediaError
 from index.compaction import tidy
+from index.crew import Recipe, embed_with
 from index.engine import check_engine, engine_facts, renew_engine
 from index.gallery import Gallery, create_gallery, open_gallery, writing
 from index.known import Change, KnownItems
+from index.workers import ProcessCrew, shared_threads
 from index.writer import TableWriter
 
 if TYPE_CHECKING:
@@ -65,6 +68,7 @@ def build(
     *,
     prune: bool = False,
     batch_size: int | None = None,
+    threads: int | None = None,
     workers: int | None = None,
     max_bad_share: float = 1.0,
     engine: str | None = None,
@@ -81,7 +85,9 @@ def build(
         gallery_dir: the gallery's directory; made if there is none.
         model: must be the one that built the gallery.
         prune: remove the items whose files are gone, from whichever source they came.
-        batch_size, workers, max_bad_share, progress: see `cots.embed.embed`.
+        batch_size, max_bad_share, progress: see `cots.embed.embed`.
+        threads: cores that each process decodes with; by default all are shared out.
+        workers: processes that embed, see `index.workers`; by default this one does.
         engine, recall_target: what answers queries, see `index.engine`; None keeps what the gallery has.
         on_error: called with each file that cannot be read; the report lists them too.
 
@@ -109,25 +115,19 @@ def build(
         try:
             wanted = _sort_out(chain(first, stream), known, writer, report, failed)
             begun = time.perf_counter()
-            embedded = embed(
-                (sample for sample, _ in wanted),
-                model,
-                on_error=failed,
-                batch_size=batch_size,
-                workers=workers,
-                max_bad_share=max_bad_share,
-                total=len(wanted),
-                progress=progress,
-            )
             items = {sample.path: item for sample, item in wanted}
-            for result in embedded:
-                if not np.linalg.norm(result.vectors, axis=1).all():
-                    failed(MediaError(result.sample.path, f"the model {model.name} gives it a vector of no direction"))
-                    continue
-                item = items[result.sample.path]
-                writer.put(result, item)
-                report.added += item is None
-                report.updated += item is not None
+            samples = [sample for sample, _ in wanted]
+            telling = {"on_error": failed, "max_bad_share": max_bad_share, "progress": progress}
+            with closing(_embedded(samples, model, gallery, batch_size, threads, workers, **telling)) as embedded:
+                for result in embedded:
+                    if not result.vectors.any(axis=1).all():
+                        reason = f"the model {model.name} gives it a vector of no direction"
+                        failed(MediaError(result.sample.path, reason))
+                        continue
+                    item = items[result.sample.path]
+                    writer.put(result, item)
+                    report.added += item is None
+                    report.updated += item is not None
             report.embedding_seconds = time.perf_counter() - begun
         finally:
             writer.commit()
@@ -220,6 +220,24 @@ def _sort_out(
         if change is not Change.UNCHANGED:
             writer.relabel(item, sample)
     return wanted
+
+
+def _embedded(
+    samples: list[Sample],
+    model: "RetrievalModel",
+    gallery: Gallery,
+    batch_size: int | None,
+    threads: int | None,
+    workers: int | None,
+    **telling: Any,
+) -> Generator[Embedded, None, None]:
+    """Embed in this process or by workers, which load the model by the name that the manifest has for it."""
+    if workers is None or not samples:
+        yield from embed(samples, model, batch_size=batch_size, workers=threads, total=len(samples), **telling)
+        return
+    name, device = gallery.manifest.model, str(model.device)
+    recipe = Recipe(name, model.fingerprint, device, threads or shared_threads(workers), batch_size)
+    yield from embed_with(ProcessCrew(min(workers, len(samples)), recipe), samples, **telling)
 
 
 def _settle_missing(gallery: Gallery, missing: list[tuple[int, str]], prune: bool, report: BuildReport) -> None:

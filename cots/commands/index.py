@@ -38,6 +38,10 @@ def build(
         str | None, typer.Option(metavar="ENGINE", help=f"{ENGINES}; by default what the gallery has, at first auto.")
     ] = None,
     recall: RecallTarget = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Embed by N processes, at best one a GPU."),
+    ] = None,
 ) -> None:
     """Create a gallery, or bring it up to date: only new and changed files are embedded."""
     _require_engine(engine)
@@ -51,6 +55,7 @@ def build(
             load_model(model),
             prune=prune,
             batch_size=batch_size,
+            workers=workers,
             engine=engine,
             recall_target=recall,
             on_error=complain,

@@ -55,7 +55,7 @@ def test_a_vector_without_direction_is_a_named_file_and_not_a_row(
 
     monkeypatch.setattr(type(tiny_model), "encode_images", spoilt)
     pictures = [photos / f"{number:02}.png" for number in range(12)]
-    report = build(pictures, tmp_path / "gallery", tiny_model, batch_size=4, workers=1)
+    report = build(pictures, tmp_path / "gallery", tiny_model, batch_size=4, threads=1)
     assert len(report.failed) == 3
     assert report.items == 9
     assert all("vector" in error.reason for error in report.failed)

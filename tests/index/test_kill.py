@@ -40,7 +40,7 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         file = os.open(path, os.O_WRONLY | os.O_CREAT)
-        build([source], gallery, model, batch_size=1, workers=1, progress=lambda step: os.write(file, b"."))
+        build([source], gallery, model, batch_size=1, threads=1, progress=lambda step: os.write(file, b"."))
         os._exit(0)
     time.sleep(float(seconds))
     os.kill(child, signal.SIGKILL)
