@@ -30,13 +30,22 @@ from cots.data.device_turns import DeviceTurns
 from cots.data.frame_sampling import EVERY_SECOND, FrameSampling
 from cots.data.gpu_jpeg import gpu_jpeg_decoder
 from cots.data.samples import Sample
-from cots.errors import MediaError, SourceError
+from cots.errors import MediaError, ModelError, SourceError
 from cots.model.retrieval_model import RetrievalModel
 from cots.moments import Moment, pool_video
 from cots.single_core import single_core_threads
 from cots.stopwatch import Stopwatch
 
-__all__ = ["ENOUGH_TO_JUDGE", "Embedded", "Progress", "content_hash", "embed", "require_readable", "write_parquet"]
+__all__ = [
+    "ENOUGH_TO_JUDGE",
+    "Embedded",
+    "Progress",
+    "content_hash",
+    "cores",
+    "embed",
+    "require_readable",
+    "write_parquet",
+]
 
 CPU_BATCH = 4
 GPU_BATCH = 64
@@ -124,9 +133,10 @@ def embed(
 
     Raises:
         SourceError: more samples are unreadable than `max_bad_share` allows.
+        ModelError: the device has no memory for a single picture.
     """
     batch_size = batch_size or (CPU_BATCH if model.device.type == "cpu" else GPU_BATCH)
-    workers = workers or _cores()
+    workers = workers or cores()
     stopwatch = stopwatch or Stopwatch()
     started = time.perf_counter()
     done = read = failed = 0
@@ -218,7 +228,7 @@ def _parquet_rows(item: Embedded) -> Iterator[dict[str, Any]]:
         }
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores that this process may use, which in a container are fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -304,14 +314,19 @@ class _Encoder:
                 try:
                     vectors.append(self._model.encode_images(some).numpy())
                 except torch.OutOfMemoryError:
-                    if len(some) == 1:
-                        raise
-                    self._halve(len(some))
+                    size = len(some)
                 else:
                     done += len(some)
+                    continue
+                self._halve(size)  # out of the handler, which keeps what the model had taken
             return np.concatenate(vectors)
 
     def _halve(self, size: int) -> None:
+        if size == 1:
+            raise ModelError(
+                f"The GPU has no memory for a single picture of {self._model.name}; end the other programs on it, or "
+                "embed on the CPU (CUDA_VISIBLE_DEVICES= in the environment)."
+            )
         if self._most == self._batch_size:
             log.warning(
                 "The GPU has no memory for %d pictures at once; it goes on with fewer. A smaller batch size, set from "

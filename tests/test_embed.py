@@ -16,7 +16,7 @@ from cots.data.image_io import open_image
 from cots.data.samples import Sample, iter_samples
 from cots.data.video_io import read_frames
 from cots.embed import Embedded, Progress, content_hash, embed, write_parquet
-from cots.errors import MediaError, SourceError
+from cots.errors import MediaError, ModelError, SourceError
 from cots.model.retrieval_model import RetrievalModel
 from cots.stopwatch import Stopwatch
 
@@ -220,6 +220,40 @@ def test_a_stopped_run_leaves_no_parquet_file(mixed: list[Sample], tiny_model: R
 
 def _first_video(results: list[Embedded]) -> Embedded:
     return next(result for result in results if result.moments)
+
+
+def test_a_gpu_without_memory_for_a_batch_goes_on_with_half(
+    mixed: list[Sample], tiny_model: RetrievalModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = list(embed(mixed, tiny_model, on_error=no_error))
+    sizes: list[int] = []
+    encode = tiny_model.encode_images
+
+    def small(pixels: torch.Tensor) -> torch.Tensor:
+        if len(pixels) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(pixels))
+        return encode(pixels)
+
+    monkeypatch.setattr(tiny_model, "encode_images", small)
+    results = list(embed(mixed, tiny_model, on_error=no_error, batch_size=16))
+    assert [result.sample for result in results] == mixed
+    for result, other in zip(results, expected, strict=True):
+        np.testing.assert_allclose(result.vectors, other.vectors, atol=1e-5)
+    assert set(sizes) <= {4, 3}  # 16, 8, 4, and what is left
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "no memory for 16 pictures at once" in caplog.text
+
+
+def test_a_gpu_without_memory_for_one_picture_says_so(
+    mixed: list[Sample], tiny_model: RetrievalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(pixels: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tiny_model, "encode_images", full)
+    with pytest.raises(ModelError, match="no memory for a single picture"):
+        list(embed(mixed, tiny_model, on_error=no_error))
 
 
 def test_so_many_frames_of_each_video_and_the_seconds_that_the_work_took(

@@ -1,0 +1,150 @@
+"""JPEGs through the GPU's decoder against Pillow. On a machine without a GPU the same code decodes on the CPU."""
+
+import io
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from cots.data import gpu_jpeg
+from cots.data.gpu_jpeg import GpuJpegDecoder, gpu_jpeg_decoder
+from cots.data.image_io import open_image
+from cots.data.jpeg_header import BaselineJpeg, read_baseline
+from cots.data.square_transform import SquareTransform
+
+SQUARE = SquareTransform(64)
+CPU = torch.device("cpu")
+DEVICES = [
+    CPU,
+    pytest.param(torch.device("cuda"), marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU")),
+]
+
+
+def jpeg(seed: int, width: int = 160, height: int = 120, orientation: int = 1, **options: object) -> bytes:
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    small.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90, exif=exif, **options)
+    return file.getvalue()
+
+
+def with_header(content: bytes) -> tuple[bytes, BaselineJpeg]:
+    header = read_baseline(content)
+    assert header is not None
+    return content, header
+
+
+def damaged(content: bytes) -> bytes:
+    """Its tables of Huffman codes overwritten: the header can be read, no pixel can."""
+    at = content.index(b"\xff\xc4")
+    return content[: at + 5] + b"\xff" * 16 + content[at + 21 :]
+
+
+def near(found: torch.Tensor | None, content: bytes, square: SquareTransform = SQUARE) -> bool:
+    """Whether a picture is Pillow's: chroma is spread differently, so single values differ, the picture does not."""
+    assert found is not None
+    wanted = square(open_image(content)).float()
+    return F.cosine_similarity(found.cpu().float().flatten(), wanted.flatten(), dim=0).item() > 0.9995
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pictures_are_pillows_whatever_their_size_and_orientation(device: torch.device) -> None:
+    sizes = [(160, 120), (120, 160), (201, 77), (65, 640), (160, 120)]
+    contents = [jpeg(place, *sizes[place % 5], orientation=place % 8 + 1, subsampling=place % 3) for place in range(40)]
+    found = GpuJpegDecoder(SQUARE, device).decode([with_header(content) for content in contents])
+    assert all(near(picture, content) for picture, content in zip(found, contents))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_grey_pictures_have_three_equal_channels(device: torch.device) -> None:
+    file = io.BytesIO()
+    Image.open(io.BytesIO(jpeg(1))).convert("L").save(file, "JPEG")
+    found = GpuJpegDecoder(SQUARE, device).decode([with_header(file.getvalue()), with_header(jpeg(2))])
+    assert found[0] is not None
+    assert found[0].shape == (3, 64, 64)
+    assert torch.equal(found[0][0], found[0][2])
+    assert near(found[0], file.getvalue())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bad", [{3}, {0, 6}, {0, 1, 2, 3, 4, 5, 6}])
+def test_damaged_files_are_lost_alone(device: torch.device, bad: set[int]) -> None:
+    contents = [jpeg(place) for place in range(7)]
+    header = with_header(contents[0])[1]
+    files = [(damaged(content) if place in bad else content, header) for place, content in enumerate(contents)]
+    found = GpuJpegDecoder(SQUARE, device).decode(files)
+    assert {place for place, picture in enumerate(found) if picture is None} == bad
+    assert all(near(found[place], contents[place]) for place in range(7) if place not in bad)
+
+
+def test_pictures_of_very_different_sizes_lie_on_the_device_by_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_jpeg, "PIXELS_AT_ONCE", 50_000)
+    portions: list[int] = []
+    decode = gpu_jpeg._decode
+
+    def watched(contents: list[bytes], *rest: object) -> list[torch.Tensor | None]:
+        pictures = decode(contents, *rest)
+        portions.append(sum(picture[0].numel() for picture in pictures if picture is not None))
+        return pictures
+
+    monkeypatch.setattr(gpu_jpeg, "_decode", watched)
+    sizes = [(160, 120), (400, 300), (40, 30), (160, 120), (160, 120), (160, 120), (400, 300)]
+    contents = [jpeg(place, *size) for place, size in enumerate(sizes)]
+    found = GpuJpegDecoder(SQUARE, CPU).decode([with_header(content) for content in contents])
+    assert all(near(picture, content) for picture, content in zip(found, contents))
+    assert portions == [19200, 120000, 1200 + 2 * 19200, 19200, 120000]
+
+
+def test_large_pictures_are_left_to_pillow() -> None:
+    decoder = GpuJpegDecoder(SQUARE, CPU)
+    assert decoder.takes(BaselineJpeg(6000, 6000, 1))
+    assert not decoder.takes(BaselineJpeg(10_000, 10_000, 1))
+    assert not decoder.takes(BaselineJpeg(9000, 100, 1))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_several_threads_decode_at_once(device: torch.device) -> None:
+    decoder = GpuJpegDecoder(SQUARE, device)
+    contents = [[jpeg(10 * thread + place) for place in range(10)] for thread in range(6)]
+    results: dict[int, list[torch.Tensor | None]] = {}
+
+    def work(thread: int) -> None:
+        for _ in range(2):
+            results[thread] = decoder.decode([with_header(content) for content in contents[thread]])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, pictures in results.items():
+        assert all(near(picture, content) for picture, content in zip(pictures, contents[number]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_busy_stream_does_not_see_the_next_pictures_in_its_own() -> None:
+    """The decoder writes on a stream of its own; here each stream is kept busy with kernels that read old pictures."""
+    decoder = GpuJpegDecoder(SquareTransform(224), torch.device("cuda"))
+    contents = [jpeg(place, 640, 480) for place in range(32)]
+    files = [with_header(content) for content in contents]
+    load = torch.rand(4096, 4096, device="cuda")
+    for _ in range(20):
+        for _ in range(20):
+            load = load @ load * 1e-4
+        found = decoder.decode(files)
+    assert all(near(picture, content, SquareTransform(224)) for picture, content in zip(found, contents))
+
+
+def test_there_is_no_decoder_without_a_gpu() -> None:
+    assert gpu_jpeg_decoder(SQUARE, CPU) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_has_a_decoder() -> None:
+    assert gpu_jpeg_decoder(SQUARE, torch.device("cuda")) is not None
+    assert gpu_jpeg_decoder(SquareTransform(64, "squash", "nearest"), torch.device("cuda")) is None
