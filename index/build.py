@@ -13,13 +13,13 @@ import pyarrow.compute as pc
 
 from cots.data.samples import Sample, iter_samples
 from cots.embed import Embedded, Progress, embed
-from cots.errors import MediaError
+from cots.errors import GalleryError, MediaError
 from index.compaction import tidy
 from index.crew import Recipe, embed_with
 from index.engine import check_engine, engine_facts, renew_engine
 from index.gallery import Gallery, create_gallery, open_gallery, writing
 from index.known import Change, KnownItems
-from index.workers import ProcessCrew, shared_threads
+from index.workers import ProcessCrew
 from index.writer import TableWriter
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def build(
     batch_size: int | None = None,
     threads: int | None = None,
     workers: int | None = None,
+    cluster: str | None = None,
     max_bad_share: float = 1.0,
     engine: str | None = None,
     recall_target: float | None = None,
@@ -87,7 +88,8 @@ def build(
         prune: remove the items whose files are gone, from whichever source they came.
         batch_size, max_bad_share, progress: see `cots.embed.embed`.
         threads: cores that each process decodes with; by default all are shared out.
-        workers: processes that embed, see `index.workers`; by default this one does.
+        workers: processes that embed, see `index.workers`; by default this one does. On a cluster: actors.
+        cluster: address of a Ray cluster that embeds, see `index.cluster`, or "auto"; None: this machine does.
         engine, recall_target: what answers queries, see `index.engine`; None keeps what the gallery has.
         on_error: called with each file that cannot be read; the report lists them too.
 
@@ -98,6 +100,7 @@ def build(
         MissingDependency: the engine needs FAISS, which is not installed.
     """
     check_engine(engine, recall_target)
+    _require_directory(gallery_dir)
     started = time.perf_counter()
     report = BuildReport()
 
@@ -118,7 +121,8 @@ def build(
             items = {sample.path: item for sample, item in wanted}
             samples = [sample for sample, _ in wanted]
             telling = {"on_error": failed, "max_bad_share": max_bad_share, "progress": progress}
-            with closing(_embedded(samples, model, gallery, batch_size, threads, workers, **telling)) as embedded:
+            recipe = Recipe(gallery.manifest.model, model.fingerprint, str(model.device), threads, batch_size)
+            with closing(_embedded(samples, model, recipe, workers, cluster, **telling)) as embedded:
                 for result in embedded:
                     if not result.vectors.any(axis=1).all():
                         reason = f"the model {model.name} gives it a vector of no direction"
@@ -187,6 +191,15 @@ def info(gallery_dir: str | Path) -> dict[str, Any]:
     } | engine_facts(gallery)
 
 
+def _require_directory(gallery_dir: str | Path) -> None:
+    """Refuse an address: the lock, the manifest and what answers queries are files beside the table."""
+    if "://" in str(gallery_dir):
+        raise GalleryError(
+            f"The gallery {gallery_dir} is the address of an object store, where COTS keeps no galleries; give a "
+            "directory, which may lie on a file system that several machines share."
+        )
+
+
 def _reserve_ids(gallery: Gallery) -> int:
     """The first id that no row has had, noted before any row is removed, so that a kill then cannot free an id."""
     ids = gallery.table.search().select(["id"]).to_arrow()["id"]
@@ -225,19 +238,22 @@ def _sort_out(
 def _embedded(
     samples: list[Sample],
     model: "RetrievalModel",
-    gallery: Gallery,
-    batch_size: int | None,
-    threads: int | None,
+    recipe: Recipe,
     workers: int | None,
+    cluster: str | None,
     **telling: Any,
 ) -> Generator[Embedded, None, None]:
-    """Embed in this process or by workers, which load the model by the name that the manifest has for it."""
-    if workers is None or not samples:
-        yield from embed(samples, model, batch_size=batch_size, workers=threads, total=len(samples), **telling)
-        return
-    name, device = gallery.manifest.model, str(model.device)
-    recipe = Recipe(name, model.fingerprint, device, threads or shared_threads(workers), batch_size)
-    yield from embed_with(ProcessCrew(min(workers, len(samples)), recipe), samples, **telling)
+    """Embed in this process or by a crew, which loads the model by the name that the manifest has for it."""
+    if not samples or (workers is None and cluster is None):
+        yield from embed(
+            samples, model, batch_size=recipe.batch_size, workers=recipe.threads, total=len(samples), **telling
+        )
+    elif cluster is None:
+        yield from embed_with(ProcessCrew(min(workers or 1, len(samples)), recipe), samples, **telling)
+    else:
+        from index.cluster import RayCrew
+
+        yield from embed_with(RayCrew(cluster, workers, len(samples), recipe), samples, **telling)
 
 
 def _settle_missing(gallery: Gallery, missing: list[tuple[int, str]], prune: bool, report: BuildReport) -> None:

@@ -36,14 +36,14 @@ class Recipe:
         model: its name; a directory's is absolute.
         fingerprint: what the model that is loaded by this name must have.
         device: a torch device.
-        threads: cores that are the worker's.
+        threads: cores that are the worker's; None: its share of what there is.
         batch_size: see `cots.embed.embed`.
     """
 
     model: str
     fingerprint: str
     device: str
-    threads: int
+    threads: int | None
     batch_size: int | None
 
     def load(self) -> "RetrievalModel":
@@ -57,7 +57,8 @@ class Recipe:
 
         from cots.model.pretrained import load_model
 
-        torch.set_num_threads(self.threads)
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
         if self.device.startswith("cuda:"):
             torch.cuda.set_device(self.device)
         model = load_model(self.model, self.device)

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
+from cots.embed import cores
 from cots.errors import CotsError
 from index.crew import Death, Outcomes, Recipe, Task, work
 
 CPU_WINDOW = 128
-GPU_WINDOW = 4096  # twice what the pipeline in front of a GPU holds
+GPU_WINDOW = 4096
 THREAD_WINDOW = 16
 
 
@@ -36,9 +37,10 @@ class ProcessCrew:
     def __init__(self, size: int, recipe: Recipe) -> None:
         self.size = size
         gpus = torch.cuda.device_count() if recipe.device.startswith("cuda") else 0
-        self.window = (GPU_WINDOW if gpus else CPU_WINDOW) + THREAD_WINDOW * recipe.threads
+        threads = recipe.threads or max(cores() // size, 1)
+        self.window = window(threads, on_gpu=gpus > 0)
         devices = [f"cuda:{worker % gpus}" if gpus else recipe.device for worker in range(size)]
-        self._recipes = [replace(recipe, device=device) for device in devices]
+        self._recipes = [replace(recipe, device=device, threads=threads) for device in devices]
         self._spawning = multiprocessing.get_context("spawn")
         self._processes: dict[Connection, tuple[int, Any]] = {}
         self._connections: dict[int, Connection] = {}
@@ -87,10 +89,9 @@ class ProcessCrew:
         self._processes.clear()
 
 
-def shared_threads(workers: int) -> int:
-    """Cores for each of so many workers on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(cores // workers, 1)
+def window(threads: int, on_gpu: bool) -> int:
+    """Images that a worker of so many threads is given ahead: twice what its own pipeline holds."""
+    return (GPU_WINDOW if on_gpu else CPU_WINDOW) + THREAD_WINDOW * threads
 
 
 def _serve(connection: Connection, recipe: Recipe) -> None:

@@ -39,8 +39,13 @@ def build(
     ] = None,
     recall: RecallTarget = None,
     workers: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Embed by N processes, at best one a GPU."),
+        int | None, typer.Option(min=1, metavar="N", help="Embed by N processes: as many as there are GPUs.")
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RAY_ADDRESS", metavar="ADDRESS", help="Embed on a Ray cluster; `auto`: the one this machine is in."
+        ),
     ] = None,
 ) -> None:
     """Create a gallery, or bring it up to date: only new and changed files are embedded."""
@@ -56,6 +61,7 @@ def build(
             prune=prune,
             batch_size=batch_size,
             workers=workers,
+            cluster=cluster,
             engine=engine,
             recall_target=recall,
             on_error=complain,
