@@ -3,6 +3,9 @@
 exact    every vector is compared; no structure
 hnsw, ivf, ivfpq    see `index.ann`
 auto     the quickest of these that fits in memory
+
+A model on a GPU takes the search of large galleries there: `exact` and `auto` are then answered by `index.exact_gpu`,
+which is as quick as what "auto" stands for, if the vectors fit into the GPU's memory.
 """
 
 import logging
@@ -25,10 +28,13 @@ from index.structures import STALE_SHARE, UnusableStructure, read_structure, rem
 from index.tuning import draw_queries, tune
 
 if TYPE_CHECKING:
+    import torch
+
     from cots.model.retrieval_model import RetrievalModel
+    from index.exact_gpu import ExactGpuIndex
 
 ENGINES = ("auto", "exact", "hnsw", "ivf", "ivfpq")
-EXACT_NUMBERS = 50_000_000  # of vectors times dimensions: two cores read so many in 15 ms
+EXACT_NUMBERS = 50_000_000  # of vectors times dimensions: two cores read so many in 15 ms, a GPU copies them in 30
 HNSW_VECTORS = 2_000_000  # a graph of more takes hours to make on a few cores
 MEMORY_SHARE = 0.5
 QUICK_SECONDS = 30.0  # a structure that was made in less is made again by whoever finds it unusable
@@ -36,7 +42,7 @@ log = logging.getLogger("cots")
 
 
 class SearchEngine(Protocol):
-    """What answers: `index.exact.ExactIndex`, `index.ann.AnnIndex`."""
+    """What answers: `index.exact.ExactIndex`, `index.exact_gpu.ExactGpuIndex`, `index.ann.AnnIndex`."""
 
     kind: str
 
@@ -59,7 +65,9 @@ def choose_engine(count: int, dimension: int, memory: int) -> str:
     return "ivf" if count * (2 * dimension + 16) <= room else "ivfpq"
 
 
-def open_engine(gallery: Gallery, model: "RetrievalModel | None" = None) -> SearchEngine:
+def open_engine(
+    gallery: Gallery, model: "RetrievalModel | None" = None, device: "torch.device | None" = None
+) -> SearchEngine:
     """The engine that answers for a gallery's snapshot.
 
     A structure that is lost, damaged or too old is never used: if it was made in seconds it is made again, else all
@@ -68,24 +76,35 @@ def open_engine(gallery: Gallery, model: "RetrievalModel | None" = None) -> Sear
     Args:
         gallery: to be searched.
         model: what built it, for queries to tune with; without it noisy vectors do.
+        device: where to search; by default where the model is, and without one on the CPU.
     """
+    if device is None and model is not None:
+        device = model.device
     record = gallery.manifest.structure
     if record is None or not len(gallery.snapshot):
-        return _exact(gallery.snapshot)
+        return _exact(gallery.snapshot, device)
+    if gallery.manifest.requested == "auto":
+        try:
+            on_gpu = _on_gpu(gallery.snapshot, device)
+        except GalleryError as error:  # what the structure was made for
+            log.info("%s", error)
+        else:
+            if on_gpu is not None:
+                return on_gpu
     try:
         return read_structure(gallery.directory, record, gallery.snapshot)
     except CotsError as error:  # FAISS is not installed here
         log.warning("%s; until then every vector is compared.", error)
-        return _exact(gallery.snapshot)
+        return _exact(gallery.snapshot, device)
     except UnusableStructure as error:
         problem = f"The search structure of {gallery.directory} cannot be used ({error})"
     gallery.manifest = open_gallery(gallery.directory).manifest
     if gallery.manifest.structure != record:  # somebody has just put another in its place
-        return open_engine(gallery, model)
+        return open_engine(gallery, model, device)
     command = f"cots index engine {record.kind} --gallery {gallery.directory}"
     if record.build_seconds > QUICK_SECONDS:
         log.warning("%s; every vector is compared until you make it again: %s", problem, command)
-        return _exact(gallery.snapshot)
+        return _exact(gallery.snapshot, device)
     try:
         with writing(gallery.directory):
             current = open_gallery(gallery.directory)
@@ -93,7 +112,7 @@ def open_engine(gallery: Gallery, model: "RetrievalModel | None" = None) -> Sear
             engine = read_structure(gallery.directory, made, gallery.snapshot)
     except (GalleryError, UnusableStructure):
         log.warning("%s; every vector is compared, because it cannot be made again just now: %s", problem, command)
-        return _exact(gallery.snapshot)
+        return _exact(gallery.snapshot, device)
     log.warning("%s; it was made again.", problem)
     return engine
 
@@ -246,8 +265,28 @@ def _make(gallery: Gallery, kind: str, target: float, model: "RetrievalModel | N
     return record
 
 
-def _exact(snapshot: Snapshot) -> ExactIndex:
-    """All vectors as float32 in memory, or as they lie on disk where that does not fit."""
-    if 4 * snapshot.vectors.size > MEMORY_SHARE * available_memory():
-        return ExactIndex(snapshot.vectors, snapshot.ids, faiss=None)
+def _exact(snapshot: Snapshot, device: "torch.device | None") -> SearchEngine:
+    """All vectors, on the GPU if that is where to search and they are many and fit; else on the CPU."""
+    try:
+        on_gpu = _on_gpu(snapshot, device)
+    except GalleryError as error:
+        log.warning("%s Meanwhile the CPU searches.", error)
+    else:
+        if on_gpu is not None:
+            return on_gpu
     return ExactIndex(snapshot.vectors, snapshot.ids)
+
+
+def _on_gpu(snapshot: Snapshot, device: "torch.device | None") -> "ExactGpuIndex | None":
+    """All vectors on a GPU, ready to answer; None if the device is none, or they are too few to be worth the copy.
+
+    Raises:
+        GalleryError: they do not fit into its memory.
+    """
+    if device is None or device.type != "cuda" or snapshot.vectors.size <= EXACT_NUMBERS:
+        return None
+    from index.exact_gpu import ExactGpuIndex
+
+    index = ExactGpuIndex(snapshot.vectors, snapshot.ids, device)
+    index.search(np.zeros((1, snapshot.vectors.shape[1]), np.float32), 1)  # compiles, which takes seconds once
+    return index

@@ -122,7 +122,8 @@ class ExactGpuIndex:
         positions[:, found:] = unusable[: k - found]
         if found and len(queries):
             try:
-                scores[:, :found], positions[:, :found] = self._best(queries, found, allowed, eligible)
+                with torch.cuda.device_of(self._vectors):
+                    scores[:, :found], positions[:, :found] = self._best(queries, found, allowed, eligible)
             except torch.OutOfMemoryError as error:
                 raise GalleryError(
                     f"The memory of {self.device} is full: a search for {k} of {self._count:,} vectors needs up to "

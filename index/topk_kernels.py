@@ -48,7 +48,7 @@ def _store_maxima(scores, maxima, tile, first, rows, TILE: tl.constexpr, BLOCK: 
     tl.store(maxima + blocks[None, :] * (rows // PARTS) + columns[:, None], highest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "lanes"])
 def resident_maxima(
     vectors,
     queries,
@@ -138,7 +138,7 @@ def streamed_maxima(
     _store_maxima(scores, maxima, tile, first, rows, TILE, BLOCK, PAIRED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "chosen"])
 def block_scores(
     vectors,
     queries,

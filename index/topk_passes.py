@@ -79,6 +79,27 @@ MANY_QUERIES = (
     TileShape("streamed", 64, 64, 64, stages=2, warps=4),
 )
 
+# What `benchmarks/exact_search.py --sweep` compares, each for few and for many queries.
+SWEPT = (
+    *FEW_QUERIES,
+    *MANY_QUERIES,
+    TileShape("resident", 16, 64, 64, stages=3, warps=4),
+    TileShape("resident", 16, 128, 128, stages=3, warps=4),
+    TileShape("resident", 64, 64, 64, stages=5, warps=4),
+    TileShape("resident", 64, 128, 128, stages=2, warps=4),
+    TileShape("resident", 64, 128, 128, stages=3, warps=8),
+    TileShape("resident", 128, 64, 64, stages=4, warps=8),
+    TileShape("resident", 128, 128, 128, stages=2, warps=8),
+    TileShape("stationary", 64, 256, 64, stages=3, warps=8),
+    TileShape("stationary", 64, 256, 256, stages=3, warps=8),
+    TileShape("stationary", 64, 256, 128, stages=3, warps=4),
+    TileShape("stationary", 128, 128, 128, stages=2, warps=8),
+    TileShape("stationary", 64, 128, 128, stages=4, warps=4),
+    TileShape("streamed", 64, 256, 128, stages=4, warps=4),
+    TileShape("streamed", 128, 128, 128, stages=4, warps=8),
+    TileShape("streamed", 128, 256, 128, stages=3, warps=8),
+)
+
 
 class Passes(Protocol):
     """What searches.
@@ -109,15 +130,11 @@ def passes_for(device: torch.device, width: int) -> Passes:
     """The quickest passes that a device can run."""
     if device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (8, 0):
         try:
-            import triton  # noqa: F401
+            import triton
         except ImportError:
             return TorchPasses()
-        facts = torch.cuda.get_device_properties(device)
-        return TritonPasses(
-            width,
-            multiprocessors=facts.multi_processor_count,
-            shared=facts.shared_memory_per_block_optin,
-        )
+        facts = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+        return TritonPasses(width, facts["multiprocessor_count"], facts["max_shared_mem"])
     return TorchPasses()
 
 

@@ -1,0 +1,369 @@
+"""Exact search on a device is what brute force finds: by plain torch, by the kernels interpreted, and on a GPU.
+
+The kernels run in Triton's interpreter, which must be asked for before Triton is imported; so they do in a process of
+their own, which runs the tests below that are marked `interpreted`.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cots.errors import GalleryError
+from index import engine, exact_gpu
+from index.engine import open_engine
+from index.exact import ExactIndex
+from index.exact_gpu import ExactGpuIndex
+from index.gallery import Gallery
+from index.manifest import Manifest
+from index.snapshot import Snapshot
+from index.topk_passes import Passes, TileShape, TorchPasses, TritonPasses, padded_width
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled unless TRITON_INTERPRET=1 is set")
+on_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="there is no GPU")
+KERNELS = ("resident", "stationary", "streamed")
+SHARES = st.one_of(st.none(), st.sampled_from([0.0, 0.01, 0.3, 1.0]))
+
+
+def unit_vectors(rng: np.random.Generator, count: int, dimension: int) -> np.ndarray:
+    vectors = rng.standard_normal((count, dimension)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def interpreted_passes(kernel: str, dimension: int) -> Passes:
+    """Tiles as small as the kernels allow, so that few vectors make many; two multiprocessors."""
+    shape = TileShape(kernel, queries=16, tile=32, block=16, stages=2, warps=4)
+    width = padded_width(dimension)
+    return TritonPasses(width, 2, 2**20, few=(shape,), many=(shape,))
+
+
+def assert_exact(
+    index: ExactGpuIndex, vectors: np.ndarray, queries: np.ndarray, k: int, allowed: np.ndarray | None = None
+) -> None:
+    """The index holds `vectors`, of ids 1000, 1001, ...; scores are compared with those of float64."""
+    scores, ids = index.search(queries, k, allowed)
+    eligible = len(vectors) if allowed is None else int(allowed.sum())
+    assert scores.shape == ids.shape == (len(queries), min(k, eligible))
+    assert scores.dtype == np.float32
+    assert ids.dtype == np.int64
+    truth = queries.astype(np.float64) @ vectors.astype(np.float16).astype(np.float64).T
+    if allowed is not None:
+        truth[:, ~allowed] = -np.inf
+    best = -np.sort(-truth, axis=1)[:, : scores.shape[1]]
+    tolerance = 2e-6 * max(1.0, float(np.abs(queries).max(initial=0)))
+    np.testing.assert_allclose(scores, best, atol=tolerance)
+    positions = ids - 1000
+    np.testing.assert_allclose(np.take_along_axis(truth, positions, axis=1), scores, atol=tolerance)
+    assert all(len(set(row)) == len(row) for row in positions.tolist())
+
+
+def filled(vectors: np.ndarray, passes: Passes | None = None, device: str = "cpu") -> ExactGpuIndex:
+    return ExactGpuIndex(vectors, 1000 + np.arange(len(vectors)), device, passes)
+
+
+def drawn(
+    seed: int, count: int, dimension: int, queries: int, share: float | None, doubles: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    rng = np.random.default_rng(seed)
+    vectors = unit_vectors(rng, count, dimension)
+    if doubles and count:
+        vectors = vectors[rng.integers(0, max(count // 3, 1), count)]
+    allowed = None if share is None else rng.random(count) < share
+    return vectors.astype(np.float16), unit_vectors(rng, queries, dimension), allowed
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    count=st.integers(0, 2000),
+    dimension=st.sampled_from([1, 7, 16, 48, 300]),
+    queries=st.integers(0, 4),
+    k=st.integers(0, 2100),
+    share=SHARES,
+    doubles=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_hits_are_those_of_brute_force(
+    count: int, dimension: int, queries: int, k: int, share: float | None, doubles: bool, seed: int
+) -> None:
+    vectors, asked, allowed = drawn(seed, count, dimension, queries, share, doubles)
+    assert_exact(filled(vectors, TorchPasses(block=16)), vectors, asked, k, allowed)
+
+
+def test_blocks_are_found_through_their_groups() -> None:
+    """So many that the maxima themselves are looked for by a maximum of each 64, and some are left over."""
+    rng = np.random.default_rng(0)
+    vectors = unit_vectors(rng, 16 * 64 * 50 + 330, 16).astype(np.float16)
+    index = filled(vectors, TorchPasses(block=16))
+    queries = np.concatenate([unit_vectors(rng, 10, 16), vectors[-3:].astype(np.float32)])
+    for k in (1, 4):
+        assert_exact(index, vectors, queries, k)
+        assert_exact(index, vectors, queries, k, rng.random(len(vectors)) < 0.5)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    sizes=st.lists(st.integers(0, 400), min_size=1, max_size=5),
+    share=SHARES,
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_what_is_appended_is_found(sizes: list[int], share: float | None, seed: int) -> None:
+    vectors, asked, _ = drawn(seed, sum(sizes), 24, 3, None, False)
+    allowed = None if share is None else np.random.default_rng(seed).random(len(vectors)) < share
+    index = filled(vectors[: sizes[0]], TorchPasses(block=16))
+    for size in sizes[1:]:
+        start = len(index)
+        index.append(vectors[start : start + size], 1000 + np.arange(start, start + size))
+    assert index.ids.tolist() == list(range(1000, 1000 + len(vectors)))
+    assert_exact(index, vectors, asked, 7, allowed)
+
+
+def test_vectors_are_copied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact_gpu, "UPLOAD", 7)
+    vectors = unit_vectors(np.random.default_rng(0), 30, 8).astype(np.float16)
+    assert_exact(filled(vectors), vectors, vectors.astype(np.float32), 3)
+
+
+def test_queries_are_answered_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact_gpu, "SCRATCH", 100_000)
+    rng = np.random.default_rng(1)
+    vectors = unit_vectors(rng, 3000, 8).astype(np.float16)
+    assert_exact(filled(vectors, TorchPasses(block=16)), vectors, unit_vectors(rng, 40, 8), 5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e6])
+def test_a_vector_that_is_not_finite_comes_last_and_disturbs_no_other(value: float) -> None:
+    rng = np.random.default_rng(2)
+    vectors = unit_vectors(rng, 200, 8)
+    spoilt = vectors.copy()
+    spoilt[[3, 150], 2] = value
+    index = filled(spoilt, TorchPasses(block=16))
+    sound = np.ones(200, bool)
+    sound[[3, 150]] = False
+    query = unit_vectors(rng, 2, 8)
+    assert_exact(index, vectors, query, 10, sound)
+    scores, ids = index.search(query, 500)
+    expected, expected_ids = filled(vectors).search(query, 198, sound)
+    np.testing.assert_allclose(scores[:, :198], expected, atol=1e-6)
+    np.testing.assert_array_equal(ids[:, :198], expected_ids)
+    assert np.isnan(scores[:, 198:]).all()
+    assert ids[:, 198:].tolist() == [[1003, 1150]] * 2
+    allowed = np.zeros(200, bool)
+    allowed[[3, 7]] = True
+    scores, ids = index.search(query, 5, allowed)
+    assert ids.tolist() == [[1007, 1003]] * 2
+    assert np.isnan(scores[:, 1]).all()
+
+
+def test_queries_of_any_length_are_answered() -> None:
+    """Half precision holds nothing above 65,504 and little below a millionth."""
+    rng = np.random.default_rng(3)
+    vectors = unit_vectors(rng, 1500, 16).astype(np.float16)
+    queries = unit_vectors(rng, 1, 16)
+    index = filled(vectors, TorchPasses(block=16))
+    expected = index.search(queries, 4)
+    for length in (1e-12, 1e8):
+        scores, ids = index.search(length * queries, 4)
+        np.testing.assert_array_equal(ids, expected[1])
+        np.testing.assert_allclose(scores, length * expected[0], rtol=1e-5)
+    assert_exact(index, vectors, 0 * queries, 4)
+
+
+def test_queries_that_cannot_be_compared_are_refused() -> None:
+    index = filled(unit_vectors(np.random.default_rng(4), 10, 8))
+    with pytest.raises(GalleryError, match=r"shape \(1, 9\) cannot be compared with vectors of 8 dimensions"):
+        index.search(np.ones((1, 9), np.float32), 3)
+    with pytest.raises(GalleryError, match="is not finite"):
+        index.search(np.full((1, 8), np.nan, np.float32), 3)
+
+
+def test_the_kernels_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "interpreted", __file__]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@interpreted
+@pytest.mark.parametrize("kernel", KERNELS)
+@settings(deadline=None, max_examples=4)
+@given(
+    count=st.integers(130, 350),
+    dimension=st.sampled_from([16, 48, 64]),
+    queries=st.integers(1, 10),
+    share=st.one_of(st.none(), st.just(0.4)),
+    doubles=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_interpreted_kernels_find_what_brute_force_finds(
+    kernel: str, count: int, dimension: int, queries: int, share: float | None, doubles: bool, seed: int
+) -> None:
+    vectors, asked, allowed = drawn(seed, count, dimension, queries, share, doubles)
+    assert_exact(filled(vectors, interpreted_passes(kernel, dimension)), vectors, asked, 1, allowed)
+
+
+@interpreted
+@pytest.mark.parametrize("dimension", [256, 384, 512, 768])
+def test_interpreted_kernels_take_long_vectors(dimension: int) -> None:
+    vectors, asked, _ = drawn(dimension, 300, dimension, 2, None, False)
+    kernels = KERNELS if dimension == 256 else ("streamed",)
+    for kernel in kernels:
+        assert_exact(filled(vectors, interpreted_passes(kernel, dimension)), vectors, asked, 2)
+
+
+@interpreted
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_interpreted_kernels_take_many_queries_with_rounded_numbers(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exact_gpu, "FEW_QUERIES", 4)
+    vectors, asked, allowed = drawn(5, 250, 32, 9, 0.7, True)
+    index = filled(vectors, interpreted_passes(kernel, 32))
+    assert_exact(index, vectors, asked, 2)
+    assert_exact(index, vectors, asked, 2, allowed)
+
+
+@interpreted
+def test_interpreted_kernels_tell_apart_what_rounding_confuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors in all directions, whose scores differ by less than a rounded query's are off."""
+    monkeypatch.setattr(exact_gpu, "FEW_QUERIES", 4)
+    rng = np.random.default_rng(0)
+    queries = np.resize(unit_vectors(rng, 1, 64), (5, 64))
+    vectors = unit_vectors(rng, 900, 64)
+    vectors += (0.5 - vectors @ queries[0])[:, None] * queries[0]
+    vectors = vectors.astype(np.float16)
+    assert_exact(filled(vectors, interpreted_passes("resident", 64)), vectors, queries, 1)
+
+
+DIMENSIONS = (48, 256, 384, 768)
+
+
+@on_gpu
+@pytest.mark.parametrize("dimension", DIMENSIONS)
+def test_hits_on_a_gpu_are_those_of_brute_force(dimension: int) -> None:
+    rng = np.random.default_rng(dimension)
+    for count in (0, 1, 100, 5000, 70_001):
+        for doubles in (False, True):
+            vectors, asked, _ = drawn(count, count, dimension, 200, None, doubles)
+            index = filled(vectors, device="cuda")
+            for queries, k in ((1, 10), (33, 1), (64, 100), (200, 10), (3, 1024), (2, count + 5), (0, 3), (5, 0)):
+                assert_exact(index, vectors, asked[:queries], k)
+            for share in (0.0, 0.01, 0.5, 1.0):
+                allowed = rng.random(count) < share
+                for queries in (1, 33, 200):
+                    assert_exact(index, vectors, asked[:queries], 10, allowed)
+
+
+@on_gpu
+def test_every_shape_on_a_gpu_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    from index.topk_passes import SWEPT
+
+    facts = triton.runtime.driver.active.utils.get_device_properties(0)
+    vectors, asked, allowed = drawn(7, 20_011, 256, 150, 0.5, True)
+    for shape in SWEPT:
+        passes = TritonPasses(256, facts["multiprocessor_count"], facts["max_shared_mem"], few=(shape,), many=(shape,))
+        index = filled(vectors, passes, "cuda")
+        for queries in (1, 40, 150):
+            assert_exact(index, vectors, asked[:queries], 10)
+            assert_exact(index, vectors, asked[:queries], 10, allowed)
+
+
+@on_gpu
+def test_a_million_vectors_on_a_gpu() -> None:
+    rng = np.random.default_rng(8)
+    vectors = rng.standard_normal((1_000_000, 256), np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = vectors.astype(np.float16)
+    queries = unit_vectors(rng, 130, 256)
+    index = filled(vectors[:900_000], device="cuda")
+    index.append(vectors[900_000:], 1000 + np.arange(900_000, 1_000_000))
+    truth = torch.from_numpy(queries).cuda() @ torch.from_numpy(vectors).cuda().float().T
+    for count, k in ((1, 10), (130, 10), (130, 1000)):
+        scores, ids = index.search(queries[:count], k)
+        best = truth[:count].topk(k, dim=1).values.cpu().numpy()
+        np.testing.assert_allclose(scores, best, atol=2e-6)
+        np.testing.assert_allclose(
+            truth[:count].gather(1, torch.from_numpy(ids - 1000).cuda()).cpu(), scores, atol=2e-6
+        )
+
+
+@on_gpu
+def test_plain_torch_on_a_gpu_gives_the_same() -> None:
+    vectors, asked, allowed = drawn(9, 5000, 64, 20, 0.5, False)
+    index = filled(vectors, TorchPasses(), "cuda")
+    assert_exact(index, vectors, asked, 10)
+    assert_exact(index, vectors, asked, 10, allowed)
+
+
+@pytest.fixture
+def _little_gpu_memory() -> object:
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 64 * 2**20) / total)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@on_gpu
+@pytest.mark.usefixtures("_little_gpu_memory")
+def test_vectors_that_do_not_fit_are_refused_with_a_sentence_and_the_rest_still_answers() -> None:
+    few = unit_vectors(np.random.default_rng(10), 1000, 256).astype(np.float16)
+    index = filled(few, device="cuda")
+    many = np.broadcast_to(few[:1], (400_000, 256))
+    with pytest.raises(GalleryError, match=r"400,128 vectors of 256 dimensions need 0\.2 GB of cuda.*enough for \d+"):
+        filled(many, device="cuda")
+    with pytest.raises(GalleryError, match="free some of its memory, or search on the CPU"):
+        index.append(many, 5000 + np.arange(len(many)))
+    assert_exact(index, few, few[:3].astype(np.float32), 5)
+
+
+def opened(vectors: np.ndarray, tmp_path: Path, device: str | None) -> object:
+    """The engine of a gallery of these vectors, whose table nobody asks for."""
+    count = len(vectors)
+    flags = np.zeros(count, bool)
+    gallery = Gallery(tmp_path, Manifest("model", "fingerprint", vectors.shape[1]))
+    ids = 1000 + np.arange(count)
+    gallery.__dict__["snapshot"] = Snapshot(1, None, ids, ids, flags, flags, vectors)  # type: ignore[arg-type]
+    return open_engine(gallery, device=None if device is None else torch.device(device))
+
+
+def test_a_gallery_is_searched_on_the_cpu_unless_a_gpu_is_named(tmp_path: Path) -> None:
+    vectors = unit_vectors(np.random.default_rng(11), 1000, 8).astype(np.float16)
+    for device in (None, "cpu"):
+        assert isinstance(opened(vectors, tmp_path, device), ExactIndex)
+
+
+@on_gpu
+def test_a_large_gallery_is_searched_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = unit_vectors(np.random.default_rng(12), 5000, 256).astype(np.float16)
+    assert isinstance(opened(vectors, tmp_path, "cuda"), ExactIndex)
+    monkeypatch.setattr(engine, "EXACT_NUMBERS", 1000 * 256)
+    index = opened(vectors, tmp_path, "cuda")
+    assert isinstance(index, ExactGpuIndex)
+    assert_exact(index, vectors, vectors[:5].astype(np.float32), 10)
+
+
+@on_gpu
+@pytest.mark.usefixtures("_little_gpu_memory")
+def test_a_gallery_that_does_not_fit_the_gpu_is_searched_on_the_cpu(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    vectors = np.tile(unit_vectors(np.random.default_rng(13), 1000, 256).astype(np.float16), (400, 1))
+    assert isinstance(opened(vectors, tmp_path, "cuda"), ExactIndex)
+    (sentence,) = caplog.messages
+    assert "400,128 vectors of 256 dimensions need 0.2 GB of cuda" in sentence
+    assert sentence.endswith("Meanwhile the CPU searches.")
