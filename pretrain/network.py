@@ -1,7 +1,9 @@
 """What learns: the dual encoder and the heads of the token level, as one module that DistributedDataParallel wraps."""
 
+import copy
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from cots.config import MaskedModelingConfig
@@ -105,3 +107,13 @@ def encode_items(encoder: DualEncoder, pixels: Tensor, counts: Counts) -> Tensor
     if pixels.ndim == 4:
         return encoder.encode_image(pixels).embedding
     return encoder.encode_video(pixels, counts)
+
+
+def without_data(network: TrainingNetwork) -> TrainingNetwork:
+    """A copy that knows the shapes of its weights and buffers alone (the meta device), and takes no memory."""
+    tensors: list[Tensor] = [*network.parameters(), *network.buffers()]
+    shapes = [torch.empty_like(tensor, device="meta") for tensor in tensors]
+    outlines = [
+        nn.Parameter(shape) if isinstance(tensor, nn.Parameter) else shape for tensor, shape in zip(tensors, shapes)
+    ]
+    return copy.deepcopy(network, {id(tensor): outline for tensor, outline in zip(tensors, outlines)})

@@ -24,7 +24,7 @@ from cots.objectives.retrieval import PairFeatures
 from pretrain.distributed import Ranks, average_statistics
 from pretrain.loader import Batch
 from pretrain.momentum import MovingAverage
-from pretrain.network import Counts, HiddenPatches, NetworkOutput, TrainingNetwork, encode_items
+from pretrain.network import Counts, HiddenPatches, NetworkOutput, TrainingNetwork, encode_items, without_data
 from pretrain.optimizer import create_optimizer, rate_factor, set_rates
 from pretrain.sharding import (
     clip_gradients,
@@ -35,7 +35,6 @@ from pretrain.sharding import (
     shard_network,
     whole,
 )
-from pretrain.step_cost import without_data
 from pretrain.working_copy import WorkingCopy
 
 Scalars = dict[str, Tensor]

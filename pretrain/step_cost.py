@@ -4,11 +4,9 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
 from pretrain.flops import flops_per_pair
 from pretrain.loader import Batch
-from pretrain.network import TrainingNetwork
 
 if TYPE_CHECKING:
     from pretrain.step import TrainingStep
@@ -70,13 +68,3 @@ def step_flops(stepper: "TrainingStep", batch_size: int, frames: int = 1) -> flo
         loss.backward()
 
     return batch_size * flops_per_pair(take, batch_size)
-
-
-def without_data(network: TrainingNetwork) -> TrainingNetwork:
-    """A copy that knows the shapes of its weights and buffers alone (the meta device), and takes no memory."""
-    tensors: list[Tensor] = [*network.parameters(), *network.buffers()]
-    shapes = [torch.empty_like(tensor, device="meta") for tensor in tensors]
-    outlines = [
-        nn.Parameter(shape) if isinstance(tensor, nn.Parameter) else shape for tensor, shape in zip(tensors, shapes)
-    ]
-    return copy.deepcopy(network, {id(tensor): outline for tensor, outline in zip(tensors, outlines)})
