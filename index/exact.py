@@ -1,40 +1,41 @@
-"""Exact search: the scores of all vectors, by FAISS on the CPU, or by a matrix product where FAISS is not installed.
+"""Exact search on the CPU: the scores of all vectors, a block at a time on every core, without a copy of the vectors.
 
-The two give the same hits. FAISS is faster and holds a float32 copy of the vectors; the product takes them as they are,
-block by block, so that they may be larger than memory.
+A block of float16 vectors becomes float32 in a core's cache and meets all queries in one matrix product. Of the scores
+only those are kept that beat the k-th best of what a core has seen, which after a few blocks are next to none. So the
+vectors are read once, as they lie, and may be larger than memory. FAISS's flat index holds twice the bytes, and gives
+a query to one core.
 """
 
+import os
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from cots.errors import GalleryError
+from cots.single_core import single_core_threads
 
-BLOCK = 65_536
-PRODUCT_BLOCK = 16_384
+BLOCK = 4096
+FEW = 1024  # scores that one core computes sooner than it shares the work out
+SERIAL = 32_768  # numbers that torch converts on the calling core
 
 
 class ExactIndex:
     """N vectors with ids, searched by inner product.
 
     Args:
-        vectors: (N, D), any float type, of unit norm.
+        vectors: (N, D), any float type, of unit norm; may be mapped from a file that is larger than memory.
         ids: (N,) int64, unique.
-        faiss: the FAISS module; None for the matrix product. By default whatever is installed.
     """
 
     kind = "exact"
 
-    def __init__(self, vectors: np.ndarray, ids: np.ndarray, faiss: Any = "installed") -> None:
+    def __init__(self, vectors: np.ndarray, ids: np.ndarray) -> None:
         self.ids = ids
-        self._faiss = _installed_faiss() if faiss == "installed" else faiss
         self._vectors = vectors
-        self._flat: Any = None
-        if self._faiss is None:
-            return
-        self._flat = self._faiss.IndexFlatIP(vectors.shape[1])
-        for start in range(0, len(vectors), BLOCK):  # in blocks, so that float32 exists twice only for one of them
-            self._flat.add(np.ascontiguousarray(vectors[start : start + BLOCK], dtype=np.float32))
 
     def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The k best rows of each query.
@@ -52,26 +53,15 @@ class ExactIndex:
             GalleryError: the queries have another dimension or are not finite.
         """
         queries = checked_queries(queries, self._vectors.shape[1])
-        k = min(k, len(self.ids) if allowed is None else int(np.count_nonzero(allowed)))
-        if k == 0 or self._flat is None:
-            positions = None if allowed is None else np.flatnonzero(allowed)
-            scores, found = exact_search(self._vectors, queries, k, positions)
-        elif allowed is None:
-            scores, found = self._flat.search(queries, k)
-        else:
-            bitmap = np.packbits(allowed, bitorder="little")
-            selector = self._faiss.IDSelectorBitmap(bitmap)
-            scores, found = self._flat.search(queries, k, params=self._faiss.SearchParameters(sel=selector))
-        if (found < 0).any():  # FAISS passes over vectors that are not finite, and fills up with -1
-            positions = None if allowed is None else np.flatnonzero(allowed)
-            scores, found = exact_search(self._vectors, queries, k, positions)
+        positions = None if allowed is None else np.flatnonzero(allowed)
+        scores, found = exact_search(self._vectors, queries, k, positions)
         return scores, self.ids[found]
 
 
 def exact_search(
     vectors: np.ndarray, queries: np.ndarray, k: int, positions: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k best vectors of each query by a matrix product, a block of vectors at a time.
+    """The k best vectors of each query.
 
     Args:
         vectors: (N, D), any float type; may be mapped from a file that is larger than memory.
@@ -80,22 +70,125 @@ def exact_search(
         positions: (M,) ascending; which vectors to compare. None takes all.
 
     Returns:
-        scores (Q, K) float32, descending, and positions (Q, K) int64; equal scores by position. K is k, or the number
-        of vectors compared if that is less.
+        scores (Q, K) float32, descending, and positions (Q, K) int64; equal scores by position, NaN last. K is k, or
+        the number of vectors compared if that is less.
     """
     count = len(vectors) if positions is None else len(positions)
-    scores, found = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-    for start in range(0, count if k else 0, PRODUCT_BLOCK):
-        stop = min(start + PRODUCT_BLOCK, count)
-        places = np.arange(start, stop) if positions is None else positions[start:stop]
-        block = vectors[start:stop] if positions is None else vectors[places]
-        products = queries @ block.astype(np.float32, copy=False).T
-        merged = np.concatenate([scores, products], axis=1)
-        origin = np.concatenate([found, np.broadcast_to(places, products.shape)], axis=1)
-        best = np.sort(np.argpartition(-merged, min(k, merged.shape[1]) - 1, axis=1)[:, :k], axis=1)
-        scores, found = np.take_along_axis(merged, best, axis=1), np.take_along_axis(origin, best, axis=1)
-    order = np.argsort(-scores, axis=1, kind="stable")
+    k = min(k, count)
+    if k == 0 or not len(queries):
+        return np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+    if count * len(queries) <= FEW:
+        scores, found = _all_scores(vectors, queries, positions)
+    else:
+        scores, found = _best_scores(vectors, queries, k, positions)
+    scores, found = _sorted(scores, found, k)
+    short = np.flatnonzero(found[:, -1] < 0)  # fewer than k scores are numbers
+    if len(short):
+        scores[short], found[short] = _sorted(*_all_scores(vectors, queries[short], positions), k)
+    return scores, found
+
+
+def _sorted(scores: np.ndarray, found: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first k of each query: the highest scores first, equal ones by position, NaN last."""
+    order = np.lexsort((found, -scores))[:, :k]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(found, order, axis=1)
+
+
+def _all_scores(
+    vectors: np.ndarray, queries: np.ndarray, positions: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The scores (Q, M) of all M vectors to compare and their positions (Q, M), computed by the calling core alone."""
+    chosen = torch.from_numpy(vectors[positions]) if positions is not None else _tensor(vectors)
+    floats = torch.empty(chosen.shape)
+    step = max(SERIAL // vectors.shape[1], 1)
+    for start in range(0, len(chosen), step):
+        floats[start : start + step].copy_(chosen[start : start + step])
+    scores = np.einsum("qd,md->qm", queries, floats.numpy())  # unlike a matrix product, it asks no other core
+    names = np.arange(len(vectors)) if positions is None else positions
+    return scores, np.broadcast_to(names, scores.shape)
+
+
+def _best_scores(
+    vectors: np.ndarray, queries: np.ndarray, k: int, positions: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (Q, C k) and positions (Q, C k) that hold the k best, from C cores; a position of -1 has no score."""
+    rows = None if positions is None else torch.from_numpy(np.asarray(positions, np.int64))
+    count = len(vectors) if rows is None else len(rows)
+    pool, cores = _cores()
+    bounds = [count * part // cores for part in range(cores + 1)]
+    shared = _tensor(vectors), torch.from_numpy(queries), k, rows
+    parts = [pool.submit(_best_of_part, *shared, *ends) for ends in pairwise(bounds)]
+    found = [part.result() for part in parts]
+    return np.concatenate([scores for scores, _ in found], axis=1), np.concatenate([row for _, row in found], axis=1)
+
+
+def _best_of_part(
+    vectors: Tensor, queries: Tensor, k: int, rows: Tensor | None, first: int, behind: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and rows (Q, k) of the best from `first` up to `behind`, on one core.
+
+    The k-th best, which a score must beat, is known after the first block and brought up to date whenever the blocks
+    seen have doubled; so of each doubling about k scores a query have to be sorted.
+    """
+    block = torch.empty(BLOCK, vectors.shape[1])
+    best_scores, best_places = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
+    least = torch.full((len(queries), 1), -np.inf)
+    waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+    seen, due = 0, 1
+    with torch.inference_mode():
+        for start in range(first, behind, BLOCK):
+            stop = min(start + BLOCK, behind)
+            part = block[: stop - start]
+            part.copy_(vectors[start:stop] if rows is None else vectors[rows[start:stop]])
+            scores = queries @ part.T
+            asked, places = torch.nonzero(scores > least, as_tuple=True)
+            waiting.append((asked, places + start, scores[asked, places]))
+            seen += 1
+            if seen == due or stop == behind:
+                best_scores, best_places = _merge(best_scores, best_places, waiting)
+                least = torch.from_numpy(best_scores[:, -1:])
+                waiting, due = [], 2 * seen
+    if rows is not None:
+        best_places = np.where(best_places < 0, -1, rows.numpy()[best_places])
+    return best_scores, best_places
+
+
+def _merge(
+    scores: np.ndarray, rows: np.ndarray, waiting: list[tuple[Tensor, Tensor, Tensor]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best (Q, k) of what there is and of (query, row, score) triples of higher rows; equal scores by row."""
+    count, k = scores.shape
+    triples = [torch.cat(part).numpy() for part in zip(*waiting)]
+    asked = np.concatenate([np.repeat(np.arange(count), k), triples[0]])
+    all_rows = np.concatenate([rows.ravel(), triples[1]])
+    all_scores = np.concatenate([scores.ravel(), triples[2]])
+    order = np.lexsort((all_rows, -all_scores, asked))
+    places = np.searchsorted(asked[order], np.arange(count))[:, None] + np.arange(k)
+    chosen = order[places]
+    return all_scores[chosen], all_rows[chosen]
+
+
+@cache
+def _cores() -> tuple[Any, int]:
+    """Threads that compute on one core each, and how many; a process that was forked needs its own."""
+    count = torch.get_num_threads()
+    return single_core_threads(count, "exact"), count
+
+
+os.register_at_fork(after_in_child=_cores.cache_clear)
+
+
+class _Readable:
+    """Vectors that are not to be written, in the shape of those that are: torch warns of the former."""
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        self.vectors = vectors
+        address, _ = vectors.__array_interface__["data"]
+        self.__array_interface__ = {**vectors.__array_interface__, "data": (address, False)}
+
+
+def _tensor(vectors: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.asarray(_Readable(vectors)))
 
 
 def checked_queries(queries: np.ndarray, dimension: int) -> np.ndarray:
@@ -112,11 +205,3 @@ def checked_queries(queries: np.ndarray, dimension: int) -> np.ndarray:
     if not np.isfinite(queries).all():
         raise GalleryError("A query is not finite (it holds NaN or infinity), so nothing is near it; embed it again.")
     return np.ascontiguousarray(queries, dtype=np.float32)
-
-
-def _installed_faiss() -> Any:
-    try:
-        import faiss
-    except ImportError:
-        return None
-    return faiss

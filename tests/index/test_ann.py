@@ -129,7 +129,7 @@ def test_rows_added_later_are_found_and_changed_ones_by_what_they_are(kind: str)
 def test_queries_that_cannot_be_compared_are_refused(kind: str) -> None:
     vectors = clustered(np.random.default_rng(3), 50, 8)
     approximate = AnnIndex(make_structure(kind, vectors), kind, Effort(1), vectors, np.arange(50))
-    for index in (approximate, ExactIndex(vectors, np.arange(50)), ExactIndex(vectors, np.arange(50), faiss=None)):
+    for index in (approximate, ExactIndex(vectors, np.arange(50))):
         with pytest.raises(GalleryError, match=r"shape \(1, 9\) cannot be compared with vectors of 8 dimensions"):
             index.search(np.ones((1, 9), np.float32), 3)
         with pytest.raises(GalleryError, match="is not finite"):

@@ -1,6 +1,8 @@
-"""Exact search is what brute force finds, with FAISS and without."""
+"""Exact search is what brute force finds, on one core and on several, in one block and in many."""
 
-import faiss
+import multiprocessing
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,8 @@ from hypothesis import strategies as st
 
 from index.exact import ExactIndex
 
-ENGINES = pytest.mark.parametrize("engine", [faiss, None], ids=["faiss", "product"])
+# Of the second, a few hundred vectors are many blocks, shared out among the cores.
+BLOCKS = pytest.mark.parametrize("block", [4096, 16], ids=["one block", "blocks"])
 
 
 def unit_vectors(rng: np.random.Generator, count: int, dimension: int) -> np.ndarray:
@@ -22,7 +25,7 @@ def brute_force(vectors: np.ndarray, query: np.ndarray, k: int, allowed: np.ndar
     return np.sort(scores if allowed is None else scores[allowed])[::-1][:k]
 
 
-@ENGINES
+@BLOCKS
 @settings(deadline=None, max_examples=60)
 @given(
     count=st.integers(0, 300),
@@ -34,7 +37,7 @@ def brute_force(vectors: np.ndarray, query: np.ndarray, k: int, allowed: np.ndar
     seed=st.integers(0, 2**32 - 1),
 )
 def test_hits_are_those_of_brute_force(
-    engine: object, count: int, dimension: int, queries: int, k: int, share: float | None, doubles: bool, seed: int
+    block: int, count: int, dimension: int, queries: int, k: int, share: float | None, doubles: bool, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     vectors = unit_vectors(rng, count, dimension)
@@ -44,7 +47,10 @@ def test_hits_are_those_of_brute_force(
     ids = rng.permutation(10**12 + np.arange(count))
     asked = unit_vectors(rng, queries, dimension)
     allowed = None if share is None else rng.random(count) < share
-    scores, found = ExactIndex(vectors, ids, faiss=engine).search(asked, k, allowed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("index.exact.BLOCK", block)
+        patch.setattr("index.exact.FEW", block)
+        scores, found = ExactIndex(vectors, ids).search(asked, k, allowed)
     eligible = count if allowed is None else int(allowed.sum())
     assert scores.shape == found.shape == (queries, min(k, eligible))
     position = {int(id): row for row, id in enumerate(ids)}
@@ -56,9 +62,42 @@ def test_hits_are_those_of_brute_force(
         np.testing.assert_allclose(vectors[rows].astype(np.float32) @ query, row_scores, atol=2e-6)
 
 
-@ENGINES
-def test_vectors_are_added_in_blocks(engine: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("index.exact.BLOCK", 7)
-    vectors = unit_vectors(np.random.default_rng(0), 30, 4)
-    _, found = ExactIndex(vectors, np.arange(30), faiss=engine).search(vectors, 1)
-    assert found[:, 0].tolist() == list(range(30))
+@BLOCKS
+@pytest.mark.parametrize("damage", [np.nan, np.inf])
+def test_damaged_vectors_are_last(block: int, damage: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("index.exact.BLOCK", block)
+    monkeypatch.setattr("index.exact.FEW", block)
+    vectors = unit_vectors(np.random.default_rng(0), 100, 8).astype(np.float16)
+    vectors[5:95] = damage * np.array([1, -1] * 4)
+    scores, found = ExactIndex(vectors, np.arange(100)).search(np.full((2, 8), 0.35, np.float32), 20)
+    assert set(found[0, :10].tolist()) == {*range(5), *range(95, 100)}
+    assert np.isfinite(scores[:, :10]).all()
+    assert np.isnan(scores[:, 10:]).all()
+    assert found[0, 10:].tolist() == list(range(5, 15))
+
+
+def test_equal_scores_come_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("index.exact.BLOCK", 8)
+    monkeypatch.setattr("index.exact.FEW", 8)
+    vectors = np.tile(np.eye(4, dtype=np.float16), (50, 1))
+    _, found = ExactIndex(vectors, np.arange(200)).search(np.eye(4, dtype=np.float32), 5)
+    assert found.tolist() == [[first + 4 * step for step in range(5)] for first in range(4)]
+
+
+def test_vectors_that_may_not_be_written_are_read_in_place_and_without_a_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    np.save(tmp_path / "vectors.npy", unit_vectors(np.random.default_rng(1), 9000, 8).astype(np.float16))
+    vectors = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+    _, found = ExactIndex(vectors, np.arange(9000)).search(vectors[4500:4503].astype(np.float32), 1)
+    assert found[:, 0].tolist() == [4500, 4501, 4502]
+    assert not recwarn.list
+
+
+def test_a_forked_process_searches_as_well() -> None:
+    vectors = unit_vectors(np.random.default_rng(2), 9000, 8).astype(np.float16)
+    index = ExactIndex(vectors, np.arange(9000))
+    index.search(vectors[:1].astype(np.float32), 1)  # starts the threads, of which a child has none
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        _, found = pool.apply_async(index.search, (vectors[7:8].astype(np.float32), 1)).get(timeout=30)
+    assert found.tolist() == [[7]]
