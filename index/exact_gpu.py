@@ -28,13 +28,14 @@ Where the time goes on an H100, for N = 10 M of 256 dimensions (5.1 GB) and k = 
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from cots.errors import GalleryError
 from index.exact import checked_queries
 from index.topk_passes import LARGEST_TILE, Passes, Rows, padded_width, passes_for
 
-UPLOAD = 65_536  # vectors that are copied to the device at a time
-SPARE = 0.125  # of the vectors, room for more that is added when they have to be moved
+UPLOAD = 16_384  # vectors that are copied to the device at a time
+SPARE = 0.125  # of the vectors, room for more, where there is memory for it
 GROUP = 64  # blocks
 FEW_QUERIES = 64  # precise ones cost nothing extra
 MOST_QUERIES = 1024
@@ -46,10 +47,13 @@ class ExactGpuIndex:
     """N vectors with ids on a device, searched by inner product; what `index.exact.ExactIndex` is on the CPU.
 
     Args:
-        vectors: (N, D), any float type, of unit norm; kept as float16, in which galleries store them.
+        vectors: (N, D), any float type, of unit norm, on any device; kept as float16, in which galleries store them.
         ids: (N,) int64, unique.
         device: where they are kept.
-        passes: how they are searched; by default the quickest way that the device has.
+        passes: by default the quickest that the device can run.
+
+    Attributes:
+        passes: how they are searched.
 
     Raises:
         GalleryError: they do not fit into the device's memory; the message says how many would.
@@ -59,21 +63,20 @@ class ExactGpuIndex:
 
     def __init__(
         self,
-        vectors: np.ndarray,
+        vectors: np.ndarray | torch.Tensor,
         ids: np.ndarray,
         device: str | torch.device = "cuda",
         passes: Passes | None = None,
     ) -> None:
-        self.device = torch.device(device)
         self._dimension = vectors.shape[1]
         self._width = padded_width(self._dimension)
-        self._passes = passes or passes_for(self.device, self._width)
+        self._vectors = torch.zeros(0, self._width, dtype=torch.float16, device=device)
+        self.device = self._vectors.device
+        self.passes = passes or passes_for(self.device, self._width)
         self._count = 0
         self._ids = np.empty(0, np.int64)
-        self._vectors = torch.zeros(0, self._width, dtype=torch.float16, device=self.device)
         self._unusable = np.empty(0, np.int64)  # positions of vectors that are not finite
         self._norm = 0.0  # the greatest of a vector
-        self._reserve(len(vectors))
         self.append(vectors, ids)
 
     def __len__(self) -> int:
@@ -84,11 +87,30 @@ class ExactGpuIndex:
         """(N,) int64."""
         return self._ids[: self._count]
 
-    def append(self, vectors: np.ndarray, ids: np.ndarray) -> None:
+    @property
+    def vectors(self) -> torch.Tensor:
+        """(N, D) float16 on the device."""
+        return self._vectors[: self._count, : self._dimension]
+
+    def reserve(self, count: int) -> None:
+        """Make room for so many vectors, no fewer than there are; those that are there move.
+
+        Raises:
+            GalleryError: there is not enough memory.
+        """
+        capacity = max(-(-count // LARGEST_TILE), 1) * LARGEST_TILE
+        try:
+            vectors = self._vectors.new_zeros(capacity, self._width)
+        except torch.OutOfMemoryError as error:
+            raise self._too_large(count) from error
+        vectors[: self._count] = self._vectors[: self._count]
+        self._vectors = vectors
+
+    def append(self, vectors: np.ndarray | torch.Tensor, ids: np.ndarray) -> None:
         """Add M vectors behind the others, which stay where they are as long as there is room.
 
         Args:
-            vectors: (M, D), any float type, of unit norm.
+            vectors: (M, D), any float type, of unit norm, on any device.
             ids: (M,) int64, that no other vector has.
 
         Raises:
@@ -96,15 +118,45 @@ class ExactGpuIndex:
         """
         end = self._count + len(vectors)
         if end > len(self._vectors):
-            self._reserve(int((1 + SPARE) * end))
-        for start in range(0, len(vectors), UPLOAD):
-            with np.errstate(over="ignore"):  # what is infinite as float16 is told apart below
-                block = np.array(vectors[start : start + UPLOAD], dtype=np.float16)
-            self._put(self._count + start, torch.from_numpy(block).to(self.device))
+            try:
+                self.reserve(int((1 + SPARE) * end))
+            except GalleryError:
+                self.reserve(end)
+        unusable, norm = [self._unusable], self._norm
+        try:
+            for start in range(0, len(vectors), UPLOAD):
+                block = _as_halves(vectors[start : start + UPLOAD]).to(self.device)
+                spoilt, longest = self._put(self._count + start, block)
+                unusable.append(self._count + start + spoilt)
+                norm = max(norm, longest)
+        except torch.OutOfMemoryError as error:
+            raise self._too_large(end) from error
         if end > len(self._ids):
             self._ids = np.concatenate([self.ids, np.empty(len(self._vectors) - self._count, np.int64)])
         self._ids[self._count : end] = ids
-        self._count = end
+        self._count, self._unusable, self._norm = end, np.concatenate(unusable), norm
+
+    def _put(self, start: int, block: torch.Tensor) -> tuple[np.ndarray, float]:
+        """Store vectors (M, D) float16. Those that are not finite become zero, and are never looked at.
+
+        Returns:
+            which these are, and the greatest norm of the others.
+        """
+        usable = block.isfinite().all(dim=1)
+        block = torch.where(usable[:, None], block, 0)
+        target = self._vectors[start : start + len(block)]
+        target[:, : self._dimension] = block
+        target[:, self._dimension :] = 0
+        return (~usable).nonzero().flatten().cpu().numpy(), float(block.norm(dim=1, dtype=torch.float32).amax())
+
+    def _too_large(self, count: int) -> GalleryError:
+        size = 2 * self._width
+        room = _free_memory(self.device)
+        return GalleryError(
+            f"{count:,} vectors of {self._dimension} dimensions need {count * size / 1e9:.1f} GB of {self.device}, "
+            f"where {room / 1e9:.1f} GB are free, enough for {room // size:,}; free some of its memory, or search on "
+            "the CPU."
+        )
 
     def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The k best rows of each query; see `index.exact.ExactIndex.search`.
@@ -131,45 +183,14 @@ class ExactGpuIndex:
                 ) from error
         return scores, self._ids[positions]
 
-    def _reserve(self, count: int) -> None:
-        """Make room for so many vectors; those that are there move.
-
-        Raises:
-            GalleryError: there is not enough memory.
-        """
-        capacity = max(-(-count // LARGEST_TILE), 1) * LARGEST_TILE
-        try:
-            vectors = torch.zeros(capacity, self._width, dtype=torch.float16, device=self.device)
-        except torch.OutOfMemoryError as error:
-            size = 2 * self._width
-            room = _free_memory(self.device)
-            raise GalleryError(
-                f"{capacity:,} vectors of {self._dimension} dimensions need {capacity * size / 1e9:.1f} GB of "
-                f"{self.device}, where {room / 1e9:.1f} GB are free, enough for {room // size:,}; free some of its "
-                "memory, or search on the CPU."
-            ) from error
-        vectors[: self._count] = self._vectors[: self._count]
-        self._vectors = vectors
-
-    def _put(self, start: int, block: torch.Tensor) -> None:
-        """Store vectors (M, D) float16. Those that are not finite become zero, and are never looked at."""
-        usable = block.isfinite().all(dim=1)
-        block = torch.where(usable[:, None], block, 0)
-        target = self._vectors[start : start + len(block)]
-        target[:, : self._dimension] = block
-        target[:, self._dimension :] = 0
-        lengths = block.float().norm(dim=1).amax()
-        self._norm = max(self._norm, float(lengths))
-        unusable = start + (~usable).nonzero().flatten().cpu().numpy()
-        self._unusable = np.concatenate([self._unusable, unusable])
-
     def _best(
         self, queries: np.ndarray, k: int, allowed: np.ndarray | None, eligible: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores and positions (Q, k) of the best vectors that are finite and allowed, at least k of them."""
         rows, origin = self._searched(allowed, eligible)
-        asked = torch.zeros(len(queries), self._width, device=self.device)
-        asked[:, : self._dimension] = torch.from_numpy(queries).to(self.device)
+        asked = torch.from_numpy(queries).to(self.device)
+        if self._dimension < self._width:
+            asked = pad(asked, (0, self._width - self._dimension))
         parts = [self._answer(rows, part, k) for part in asked.split(self._batch(rows, k))]
         scores, places = (torch.cat(part) for part in zip(*parts, strict=True))
         if origin is not None:
@@ -201,15 +222,15 @@ class ExactGpuIndex:
 
     def _batch(self, rows: Rows, k: int) -> int:
         """How many queries are answered at once, so that what is kept of each stays within `SCRATCH`."""
-        block = self._passes.block(precise=False)
+        block = self.passes.block(precise=False)
         chosen = min(_chosen(k), -(-rows.count // block))
-        numbers = rows.count // self._passes.block(precise=True) + 4 * chosen * block + 4 * chosen * GROUP
+        numbers = rows.count // self.passes.block(precise=True) + 4 * chosen * block + 4 * chosen * GROUP
         batch = min(SCRATCH // (4 * numbers), MOST_QUERIES)
         return max(batch - batch % 128 if batch > 128 else batch, 1)
 
     def _answer(self, rows: Rows, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries (Q, width) float32 -> scores (Q, k), descending, and positions among the rows (Q, k) int64."""
-        if len(queries) <= FEW_QUERIES or not self._passes.rounds:
+        if len(queries) <= FEW_QUERIES or not self.passes.rounds:
             scores, places, _ = self._search(rows, queries, k, precise=True)
             return scores, places
         scores, places, certain = self._search(rows, queries, k, precise=False)
@@ -221,7 +242,7 @@ class ExactGpuIndex:
 
     def _search(self, rows: Rows, queries: torch.Tensor, k: int, precise: bool) -> tuple[torch.Tensor, ...]:
         """The two passes: scores and positions (Q, k), and (Q,) whether nothing better can lie elsewhere."""
-        block = self._passes.block(precise)
+        block = self.passes.block(precise)
         blocks = -(-rows.count // block)
         partial = rows.count % block > 0
         chosen = _chosen(k) + partial
@@ -229,15 +250,15 @@ class ExactGpuIndex:
             best = torch.arange(blocks, device=self.device).expand(len(queries), -1)
             highest_elsewhere = torch.full((len(queries),), -torch.inf, device=self.device)
         else:
-            scale = queries.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+            scale = queries.norm(torch.inf, dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
             scaled = queries / scale  # so that half precision neither overflows nor vanishes
-            maxima = self._passes.maxima(rows, scaled, precise)
+            maxima = self.passes.maxima(rows, scaled, precise)
             if partial:  # what is behind the last vector may have raised its maximum, or hidden it
                 maxima[-1] = torch.inf
             highest, best = _highest(maxima, chosen + 1)
             best = best[:, :chosen]
             highest_elsewhere = (highest[:, chosen] + self._error(scaled)) * scale[:, 0]
-        scores, found = self._passes.scores(rows, queries, best, block).topk(k, dim=1)
+        scores, found = self.passes.scores(rows, queries, best, block).topk(k, dim=1)
         places = best.gather(1, found // block) * block + found % block
         return scores, places, scores[:, -1] >= highest_elsewhere
 
@@ -246,6 +267,13 @@ class ExactGpuIndex:
         rounding = (queries - queries.half().float()).norm(dim=1)
         summing = self._width * 2.0**-24 * queries.norm(dim=1)
         return (rounding + summing) * self._norm
+
+
+def _as_halves(vectors: np.ndarray | torch.Tensor) -> torch.Tensor:
+    if isinstance(vectors, torch.Tensor):
+        return vectors.half()
+    with np.errstate(over="ignore"):  # what becomes infinite is told apart later
+        return torch.from_numpy(np.array(vectors, dtype=np.float16))
 
 
 def _chosen(k: int) -> int:

@@ -124,6 +124,12 @@ def test_what_is_appended_is_found(sizes: list[int], share: float | None, seed: 
     assert_exact(index, vectors, asked, 7, allowed)
 
 
+def test_tensors_are_taken_as_they_are() -> None:
+    vectors = unit_vectors(np.random.default_rng(14), 300, 8).astype(np.float16)
+    index = ExactGpuIndex(torch.from_numpy(vectors).float(), 1000 + np.arange(300), "cpu")
+    assert_exact(index, vectors, vectors[:3].astype(np.float32), 4)
+
+
 def test_vectors_are_copied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact_gpu, "UPLOAD", 7)
     vectors = unit_vectors(np.random.default_rng(0), 30, 8).astype(np.float16)
@@ -324,7 +330,7 @@ def test_vectors_that_do_not_fit_are_refused_with_a_sentence_and_the_rest_still_
     few = unit_vectors(np.random.default_rng(10), 1000, 256).astype(np.float16)
     index = filled(few, device="cuda")
     many = np.broadcast_to(few[:1], (400_000, 256))
-    with pytest.raises(GalleryError, match=r"400,128 vectors of 256 dimensions need 0\.2 GB of cuda.*enough for \d+"):
+    with pytest.raises(GalleryError, match=r"400,000 vectors of 256 dimensions need 0\.2 GB of cuda.*enough for \d+"):
         filled(many, device="cuda")
     with pytest.raises(GalleryError, match="free some of its memory, or search on the CPU"):
         index.append(many, 5000 + np.arange(len(many)))
@@ -365,5 +371,5 @@ def test_a_gallery_that_does_not_fit_the_gpu_is_searched_on_the_cpu(
     vectors = np.tile(unit_vectors(np.random.default_rng(13), 1000, 256).astype(np.float16), (400, 1))
     assert isinstance(opened(vectors, tmp_path, "cuda"), ExactIndex)
     (sentence,) = caplog.messages
-    assert "400,128 vectors of 256 dimensions need 0.2 GB of cuda" in sentence
+    assert "400,000 vectors of 256 dimensions need 0.2 GB of cuda" in sentence
     assert sentence.endswith("Meanwhile the CPU searches.")
