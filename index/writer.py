@@ -16,7 +16,7 @@ from cots.data.samples import Sample
 from cots.embed import Embedded
 from index.gallery import Gallery, schema
 
-COMMIT_ROWS = 4096
+COMMIT_ROWS = 16_384
 COMMIT_SECONDS = 10.0
 
 
@@ -33,16 +33,17 @@ class TableWriter:
         self.commits = 0
         self._gallery = gallery
         self._schema = schema(gallery.manifest.dimension)
-        self._rows: list[dict[str, Any]] = []
-        self._replaced: list[int] = []
+        self._results: list[Embedded] = []
+        self._items: list[int | None] = []  # of each result
+        self._rows = 0
         self._labels: dict[int, Sample] = {}
         self._committed = time.monotonic()
 
     def put(self, embedded: Embedded, item: int | None = None) -> None:
         """Add an item, or give a known item new content. The item keeps its id, which is that of its first row."""
-        if item is not None:
-            self._replaced.append(item)
-        self._rows += self._item_rows(embedded, item)
+        self._results.append(embedded)
+        self._items.append(item)
+        self._rows += len(embedded.vectors)
         self._commit_when_due()
 
     def relabel(self, item: int, sample: Sample) -> None:
@@ -57,20 +58,21 @@ class TableWriter:
         self._committed = time.monotonic()
 
     def _commit_when_due(self) -> None:
-        full = len(self._rows) + len(self._labels) >= COMMIT_ROWS
+        full = self._rows + len(self._labels) >= COMMIT_ROWS
         if full or time.monotonic() - self._committed > COMMIT_SECONDS:
             self.commit()
 
     def _commit_rows(self) -> None:
-        if not self._rows:
+        if not self._results:
             return
-        rows = pa.Table.from_pylist(self._rows, self._schema)
-        if self._replaced:
-            self._merge(rows, leftovers=self._replaced)
+        rows = self._new_rows()
+        replaced = [item for item in self._items if item is not None]
+        if replaced:
+            self._merge(rows, leftovers=replaced)
         else:
             self._gallery.table.add(rows)
             self.commits += 1
-        self._rows, self._replaced = [], []
+        self._results, self._items, self._rows = [], [], 0
 
     def _commit_labels(self) -> None:
         if not self._labels:
@@ -100,29 +102,48 @@ class TableWriter:
         merge.execute(rows)
         self.commits += 1
 
-    def _item_rows(self, embedded: Embedded, item: int | None) -> list[dict[str, Any]]:
-        sample = embedded.sample
-        shared = {name: values[0] for name, values in _labels_of([sample]).items()} | {
-            "kind": sample.kind,
-            "path": self._gallery.stored_path(sample.path),
-            "content_hash": embedded.content_hash,
-            "size": sample.size,
-            "mtime": sample.mtime,
-            "width": embedded.width,
-            "height": embedded.height,
-            "duration": embedded.duration,
+    def _new_rows(self) -> pa.Table:
+        """The rows of all results, made column by column, which is several times as quick as row by row."""
+        results, samples = self._results, [result.sample for result in self._results]
+        moments = [moment for result in results for moment in (None, *result.moments)]
+        counts = np.array([len(result.vectors) for result in results])
+        pooled = np.cumsum(counts) - counts
+        ids = self._new_ids(pooled)
+        result_of_row = np.repeat(np.arange(len(results)), counts)
+        of_results: dict[str, list[Any]] = _labels_of(samples) | {
+            "kind": [sample.kind for sample in samples],
+            "path": [self._gallery.stored_path(sample.path) for sample in samples],
+            "content_hash": [result.content_hash for result in results],
+            "size": [sample.size for sample in samples],
+            "mtime": [sample.mtime for sample in samples],
+            "width": [result.width for result in results],
+            "height": [result.height for result in results],
+            "duration": [result.duration for result in results],
         }
-        first = self._new_id() if item is None else item
-        vectors = embedded.vectors.astype(np.float16)
-        rows = [shared | {"id": first, "item": first, "moment": False, "vector": vectors[0]}]
-        for moment, vector in zip(embedded.moments, vectors[1:], strict=True):
-            window = {"start": moment.start, "end": moment.end, "frame_time": moment.frame_time}
-            rows.append(shared | window | {"id": self._new_id(), "item": first, "moment": True, "vector": vector})
-        return rows
+        columns: dict[str, pa.Array] = {
+            name: pa.array(values, self._schema.field(name).type).take(pa.array(result_of_row))
+            for name, values in of_results.items()
+        }
+        vectors = np.concatenate([result.vectors for result in results]).astype(np.float16)
+        columns |= {
+            "id": pa.array(ids),
+            "item": pa.array(ids[pooled][result_of_row]),
+            "moment": pa.array([moment is not None for moment in moments]),
+            "start": pa.array([moment and moment.start for moment in moments], pa.float64()),
+            "end": pa.array([moment and moment.end for moment in moments], pa.float64()),
+            "frame_time": pa.array([moment and moment.frame_time for moment in moments], pa.float64()),
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1]),
+        }
+        return pa.table([columns[field.name] for field in self._schema], self._schema)
 
-    def _new_id(self) -> int:
-        self.next_id += 1
-        return self.next_id - 1
+    def _new_ids(self, pooled: np.ndarray) -> np.ndarray:
+        """(R,) ids of the rows: a known item's first row keeps its own, all others are new."""
+        ids = np.full(self._rows, -1)
+        ids[pooled] = [-1 if item is None else item for item in self._items]
+        new = np.flatnonzero(ids < 0)
+        ids[new] = np.arange(self.next_id, self.next_id + len(new))
+        self.next_id += len(new)
+        return ids
 
 
 def licence_of(sample: Sample) -> str:
