@@ -226,7 +226,8 @@ def embed_with(
                     ready.discard(worker)
                     condemned = ledger.bury(worker, event.cause)
                     if condemned is not None:
-                        fail(MediaError(samples[condemned].path, f"reading it crashes, twice by {event.cause}"))
+                        reason = f"whoever reads it crashes, each time (by {event.cause})"
+                        fail(MediaError(samples[condemned].path, reason))
                     if not ledger.finished:
                         crew.replace(worker)
                     continue

@@ -1,8 +1,9 @@
 """Who embeds what: every sample is settled once, whoever dies on the way, and one that kills its worker is found.
 
 A worker is given samples ahead of its needs, and acknowledges each. When it dies, those that it had not acknowledged
-are suspects: each is given again alone, to a worker that holds nothing else. A sample that kills that worker too is
-condemned; all others are settled.
+are suspects, and given again to a worker that holds nothing else: many in groups, few one by one, and so the members
+of a group at which a worker dies. A sample that was given alone and killed its worker is condemned; all others are
+settled.
 """
 
 from collections import deque
@@ -14,7 +15,8 @@ from cots.errors import CotsError
 
 VIDEO_WEIGHT = 16  # images that a video counts as
 FEWEST = 8  # samples given at once towards the end, so that a worker of several cores can use them
-DEATHS_IN_A_ROW = 8
+GROUP = 64  # suspects given together, while there are more than two groups of them
+DEATHS_IN_A_ROW = 4  # for each worker
 
 
 class Ledger:
@@ -30,10 +32,10 @@ class Ledger:
         self._samples = samples
         self._window = window
         self._next = 0
-        self._suspects: deque[int] = deque()
+        self._suspects: deque[list[int]] = deque()
         self._held: list[dict[int, int]] = [{} for _ in range(workers)]  # position -> weight
         self._weights = [0] * workers
-        self._alone: set[int] = set()  # workers that hold a suspect
+        self._investigating: set[int] = set()  # workers that hold suspects
         self._deaths_in_a_row = 0
         self.settled = 0
 
@@ -48,10 +50,10 @@ class Ledger:
         """
         held = self._held[worker]
         if not held and self._suspects:
-            self._alone.add(worker)
-            return self._give(worker, [self._suspects.popleft()])
+            self._investigating.add(worker)
+            return self._give(worker, self._suspects.popleft())
         share = max(ceil((len(self._samples) - self._next) / (2 * len(self._held))), FEWEST)
-        if worker in self._alone or self._weights[worker] > 0.75 * self._window or len(held) > 0.75 * share:
+        if worker in self._investigating or self._weights[worker] > 0.75 * self._window or len(held) > 0.75 * share:
             return []
         given: list[int] = []
         weight = self._weights[worker]
@@ -69,7 +71,8 @@ class Ledger:
         if weight is None:
             return False
         self._weights[worker] -= weight
-        self._alone.discard(worker)
+        if not self._held[worker]:
+            self._investigating.discard(worker)
         self._deaths_in_a_row = 0
         self.settled += 1
         return True
@@ -88,17 +91,19 @@ class Ledger:
             CotsError: workers die though they are given other samples each time.
         """
         self._deaths_in_a_row += 1
-        if self._deaths_in_a_row > DEATHS_IN_A_ROW:
+        if self._deaths_in_a_row > DEATHS_IN_A_ROW * len(self._held):
             raise CotsError(
                 f"{self._deaths_in_a_row} workers died one after another without embedding anything (the last one "
                 f"by {cause}); see above what they said, and try fewer workers or a smaller --batch-size."
             )
         held, self._held[worker], self._weights[worker] = list(self._held[worker]), {}, 0
-        if worker in self._alone:
-            self._alone.discard(worker)
+        alone = worker in self._investigating and len(held) == 1
+        self._investigating.discard(worker)
+        if alone:
             self.settled += 1
             return held[0]
-        self._suspects.extend(held)
+        size = GROUP if len(held) > 2 * GROUP else 1
+        self._suspects.extend(held[start : start + size] for start in range(0, len(held), size))
         return None
 
     def _give(self, worker: int, positions: list[int]) -> list[int]:

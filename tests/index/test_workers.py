@@ -175,7 +175,7 @@ def test_workers_that_find_another_model_say_so(photos: Path, tiny_model_dir: Pa
 def test_workers_that_die_whatever_they_are_given_stop_the_run(tmp_path: Path) -> None:
     samples = [Sample(str(tmp_path / f"{number}.png"), "image") for number in range(100)]
     ledger = Ledger(samples, workers=2, window=10)
-    for _ in range(DEATHS_IN_A_ROW):
+    for _ in range(2 * DEATHS_IN_A_ROW):
         ledger.take(1)
         ledger.bury(1, "the signal SIGKILL")
     with pytest.raises(CotsError, match=r"workers died one after another .* by the signal SIGKILL"):
@@ -186,7 +186,7 @@ def test_workers_that_die_whatever_they_are_given_stop_the_run(tmp_path: Path) -
 def test_whoever_dies_each_sample_is_settled_once(seed: int) -> None:
     """Workers that acknowledge in any order and die at random, or at one of three samples."""
     draw = random.Random(seed)
-    kinds = draw.choices(["image", "video"], [4, 1], k=draw.randrange(1, 200))
+    kinds = draw.choices(["image", "video"], [4, 1], k=draw.randrange(1, 400))
     samples = [Sample(f"/{number}", kind) for number, kind in enumerate(kinds)]
     poisonous = set(draw.sample(range(len(samples)), min(3, len(samples))))
     workers = draw.randrange(1, 5)
