@@ -10,6 +10,7 @@ allowed rows are among them, and how often they are the best is measured when a 
     ivfpq   as ivf, of product-quantised vectors (Jegou, Douze and Schmid, 2011): an eighth of the memory
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ HNSW_LINKS = 32
 HNSW_CONSTRUCTION = 120
 CELL_SAMPLE = 50  # training vectors a cell; FAISS asks for 39
 MOST_CELLS = 65_536
+GPU_VECTORS = 100_000  # fewer are sorted into cells on the CPU before FAISS has set up a GPU
+log = logging.getLogger("cots")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,10 @@ class Effort:
 
 
 def make_structure(kind: str, vectors: np.ndarray) -> Any:
-    """Train a FAISS index and fill it.
+    """Train a FAISS index and fill it; one of cells on the GPU, if FAISS is installed for GPUs and there is one.
+
+    What is returned lies in the CPU's memory. There it can be searched with a filter, which FAISS's classic GPU indexes
+    take and ignore.
 
     Args:
         kind: "hnsw", "ivf" or "ivfpq".
@@ -53,13 +59,29 @@ def make_structure(kind: str, vectors: np.ndarray) -> Any:
     """
     faiss = installed_faiss()
     structure = _empty(faiss, kind, *vectors.shape)
-    if not structure.is_trained:
-        count = min(len(vectors), max(CELL_SAMPLE * structure.nlist, 20_000))
-        rows = np.sort(np.random.default_rng(0).choice(len(vectors), count, replace=False))
-        structure.train(vectors[np.resize(rows, max(count, 2))].astype(np.float32))  # FAISS wants two, even equal
+    sample = 0 if structure.is_trained else min(len(vectors), max(CELL_SAMPLE * structure.nlist, 20_000))
+    if sample and len(vectors) >= GPU_VECTORS and hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus():
+        options = faiss.GpuClonerOptions()
+        options.useFloat16 = True
+        resources = faiss.StandardGpuResources()
+        try:
+            on_gpu = faiss.index_cpu_to_gpu(resources, 0, structure, options)
+            _fill(on_gpu, vectors, sample)
+            return faiss.index_gpu_to_cpu(on_gpu)
+        except RuntimeError as error:  # its memory is full, or it cannot quantise so many dimensions
+            reason = str(error).strip().splitlines()[-1][-200:]
+            log.warning("The CPU makes the structure %s, because FAISS cannot on the GPU (%s).", kind, reason)
+    _fill(structure, vectors, sample)
+    return structure
+
+
+def _fill(structure: Any, vectors: np.ndarray, sample: int) -> None:
+    """Train a structure with a sample of the vectors, if there is anything to train, and add all of them."""
+    if sample:
+        rows = np.sort(np.random.default_rng(0).choice(len(vectors), sample, replace=False))
+        structure.train(vectors[np.resize(rows, max(sample, 2))].astype(np.float32))  # FAISS wants two, even equal
     for start in range(0, len(vectors), BLOCK):
         structure.add(np.ascontiguousarray(vectors[start : start + BLOCK], dtype=np.float32))
-    return structure
 
 
 def _empty(faiss: Any, kind: str, count: int, dimension: int) -> Any:

@@ -188,7 +188,7 @@ class ExactGpuIndex:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores and positions (Q, k) of the best vectors that are finite and allowed, at least k of them."""
         rows, origin = self._searched(allowed, eligible)
-        asked = torch.from_numpy(queries).to(self.device)
+        asked = torch.tensor(queries, device=self.device)
         if self._dimension < self._width:
             asked = pad(asked, (0, self._width - self._dimension))
         parts = [self._answer(rows, part, k) for part in asked.split(self._batch(rows, k))]
@@ -224,49 +224,58 @@ class ExactGpuIndex:
         """How many queries are answered at once, so that what is kept of each stays within `SCRATCH`."""
         block = self.passes.block(precise=False)
         chosen = min(_chosen(k), -(-rows.count // block))
-        numbers = rows.count // self.passes.block(precise=True) + 4 * chosen * block + 4 * chosen * GROUP
+        numbers = rows.count // block + 4 * chosen * (block + GROUP)
         batch = min(SCRATCH // (4 * numbers), MOST_QUERIES)
         return max(batch - batch % 128 if batch > 128 else batch, 1)
 
     def _answer(self, rows: Rows, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries (Q, width) float32 -> scores (Q, k), descending, and positions among the rows (Q, k) int64."""
-        if len(queries) <= FEW_QUERIES or not self.passes.rounds:
-            scores, places, _ = self._search(rows, queries, k, precise=True)
+        precise = len(queries) <= FEW_QUERIES or not self.passes.rounds
+        scores, places, elsewhere = self._search(rows, queries, k, precise)
+        if precise or elsewhere is None:
             return scores, places
-        scores, places, certain = self._search(rows, queries, k, precise=False)
-        uncertain = (~certain).nonzero().flatten()
+        uncertain = (scores[:, -1] < elsewhere + self._error(queries)).nonzero().flatten()
         for start in range(0, len(uncertain), FEW_QUERIES):
             part = uncertain[start : start + FEW_QUERIES]
             scores[part], places[part], _ = self._search(rows, queries[part], k, precise=True)
         return scores, places
 
-    def _search(self, rows: Rows, queries: torch.Tensor, k: int, precise: bool) -> tuple[torch.Tensor, ...]:
-        """The two passes: scores and positions (Q, k), and (Q,) whether nothing better can lie elsewhere."""
+    def _search(
+        self, rows: Rows, queries: torch.Tensor, k: int, precise: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The two passes: scores and positions (Q, k), and the highest maximum (Q,) of the blocks that were not
+        rescored, or None if all were."""
         block = self.passes.block(precise)
         blocks = -(-rows.count // block)
         partial = rows.count % block > 0
         chosen = _chosen(k) + partial
+        elsewhere = None
         if chosen >= blocks:
             best = torch.arange(blocks, device=self.device).expand(len(queries), -1)
-            highest_elsewhere = torch.full((len(queries),), -torch.inf, device=self.device)
         else:
-            scale = queries.norm(torch.inf, dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-            scaled = queries / scale  # so that half precision neither overflows nor vanishes
-            maxima = self.passes.maxima(rows, scaled, precise)
+            scale = _scale(queries)
+            maxima = self.passes.maxima(rows, queries / scale, precise)
             if partial:  # what is behind the last vector may have raised its maximum, or hidden it
                 maxima[-1] = torch.inf
             highest, best = _highest(maxima, chosen + 1)
-            best = best[:, :chosen]
-            highest_elsewhere = (highest[:, chosen] + self._error(scaled)) * scale[:, 0]
+            best, elsewhere = best[:, :chosen], highest[:, chosen] * scale[:, 0]
         scores, found = self.passes.scores(rows, queries, best, block).topk(k, dim=1)
         places = best.gather(1, found // block) * block + found % block
-        return scores, places, scores[:, -1] >= highest_elsewhere
+        return scores, places, elsewhere
 
     def _error(self, queries: torch.Tensor) -> torch.Tensor:
-        """(Q,) by how much a score can be off if the queries (Q, width) are rounded to half precision."""
-        rounding = (queries - queries.half().float()).norm(dim=1)
-        summing = self._width * 2.0**-24 * queries.norm(dim=1)
-        return (rounding + summing) * self._norm
+        """(Q,) by how much a maximum can be off because the queries (Q, width) were rounded to half precision."""
+        scale = _scale(queries)
+        scaled = queries / scale
+        rounding = (scaled - scaled.half().float()).norm(dim=1)
+        summing = self._width * 2.0**-24 * scaled.norm(dim=1)
+        return (rounding + summing) * scale[:, 0] * self._norm
+
+
+def _scale(queries: torch.Tensor) -> torch.Tensor:
+    """(Q, 1) the largest magnitude in each query, by which it is divided so as neither to overflow half precision nor
+    to vanish in it."""
+    return queries.norm(torch.inf, dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _as_halves(vectors: np.ndarray | torch.Tensor) -> torch.Tensor:

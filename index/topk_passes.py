@@ -4,11 +4,12 @@
 that Triton does not know, and as the slow twin in the tests.
 """
 
+import logging
 from dataclasses import dataclass
+from subprocess import CalledProcessError
 from typing import Any, Protocol
 
 import torch
-from torch.nn.functional import pad
 
 LARGEST_TILE = 256  # the capacity of what is searched is a multiple of it
 SLICE = 64  # dimensions that `streamed_maxima` takes at a time
@@ -16,6 +17,7 @@ WHOLE = 256  # vectors of up to so many dimensions lie on the chip whole
 RESCORED = 32  # vectors that one program of `block_scores` takes
 TORCH_ROWS = 65_536
 RESERVED = 1024  # bytes of shared memory that a program takes beside its tiles
+log = logging.getLogger("cots")
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,13 @@ SWEPT = (
     TileShape("resident", 16, 64, 64, stages=3, warps=4),
     TileShape("resident", 16, 128, 128, stages=3, warps=4),
     TileShape("resident", 64, 64, 64, stages=5, warps=4),
-    TileShape("resident", 64, 128, 128, stages=2, warps=4),
+    TileShape("resident", 64, 128, 128, stages=3, warps=4),
     TileShape("resident", 64, 128, 128, stages=3, warps=8),
     TileShape("resident", 128, 64, 64, stages=4, warps=8),
-    TileShape("resident", 128, 128, 128, stages=2, warps=8),
+    TileShape("resident", 256, 64, 64, stages=3, warps=8),
     TileShape("stationary", 64, 256, 64, stages=3, warps=8),
     TileShape("stationary", 64, 256, 256, stages=3, warps=8),
     TileShape("stationary", 64, 256, 128, stages=3, warps=4),
-    TileShape("stationary", 128, 128, 128, stages=2, warps=8),
     TileShape("stationary", 64, 128, 128, stages=4, warps=4),
     TileShape("streamed", 64, 256, 128, stages=4, warps=4),
     TileShape("streamed", 128, 128, 128, stages=4, warps=8),
@@ -127,13 +128,19 @@ class Passes(Protocol):
 
 
 def passes_for(device: torch.device, width: int) -> Passes:
-    """The quickest passes that a device can run."""
+    """The quickest passes that a device, such as cuda:0, can run."""
     if device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (8, 0):
         try:
             import triton
-        except ImportError:
+
+            facts = triton.runtime.driver.active.utils.get_device_properties(device.index)
+        except (ImportError, RuntimeError, CalledProcessError) as error:  # it compiles its launchers
+            log.warning(
+                "Triton cannot be used (%s), so exact search on the GPU takes several times as long; it needs a C "
+                "compiler and Python's headers.",
+                error,
+            )
             return TorchPasses()
-        facts = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
         return TritonPasses(width, facts["multiprocessor_count"], facts["max_shared_mem"])
     return TorchPasses()
 
@@ -185,11 +192,12 @@ class TritonPasses:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         shape = self._few if precise else self._many
-        asked = _with_low_parts(queries) if precise else queries.half()
-        asked = pad(asked, (0, 0, 0, -len(asked) % shape.queries))
+        parts = 2 if precise else 1
+        asked = queries.new_zeros(-(-parts * len(queries) // shape.queries) * shape.queries // parts, self._width)
+        asked[: len(queries)] = queries
+        asked = _halves(asked) if precise else asked.half()
         tiles = -(-rows.count // shape.tile)
-        columns = len(asked) // 2 if precise else len(asked)
-        maxima = queries.new_empty(tiles * (shape.tile // shape.block), columns)
+        maxima = queries.new_empty(tiles * (shape.tile // shape.block), len(asked) // parts)
         depth = min(SLICE, self._width) if shape.kernel == "streamed" else self._width
         vectors = TensorDescriptor.from_tensor(rows.vectors, [shape.tile, depth])
         asked_tiles = TensorDescriptor.from_tensor(asked, [shape.queries, depth])
@@ -242,12 +250,13 @@ class TritonPasses:
         return scores
 
 
-def _with_low_parts(queries: torch.Tensor) -> torch.Tensor:
-    """Queries (Q, width) as halves and what these leave out: 8 rows of the one, 8 of the other, and so on."""
-    queries = pad(queries, (0, 0, 0, -len(queries) % 8))
-    high = queries.half()
-    low = (queries - high.float()).half()
-    return torch.stack([high.unflatten(0, (-1, 8)), low.unflatten(0, (-1, 8))], dim=1).flatten(0, 2)
+def _halves(queries: torch.Tensor) -> torch.Tensor:
+    """Queries (8 G, width) as halves and what these leave out: 8 rows of the one, 8 of the other, and so on."""
+    groups = queries.unflatten(0, (-1, 8))
+    parts = queries.new_empty(len(groups), 2, 8, queries.shape[1], dtype=torch.float16)
+    parts[:, 0] = groups
+    torch.sub(groups, parts[:, 0], out=parts[:, 1])
+    return parts.flatten(0, 2)
 
 
 class TorchPasses:

@@ -152,3 +152,37 @@ def test_a_mapped_file_gives_the_same_hits_and_is_not_written_to(kind: str, flag
     found = AnnIndex(mapped, kind, Effort(2), vectors, ids).search(queries, 5, allowed)
     np.testing.assert_array_equal(found[1], expected[1])
     assert path.read_bytes() == content
+
+
+@pytest.mark.skipif(not hasattr(faiss, "StandardGpuResources"), reason="FAISS is installed without GPUs")
+@pytest.mark.parametrize("kind", ["ivf", "ivfpq"])
+def test_one_made_on_a_gpu_is_as_good_and_takes_filters(
+    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(5)
+    vectors = clustered(rng, 20_000, 64)
+    queries = Queries(unit(vectors[:400] + rng.standard_normal((400, 64)) / 8), "noisy vectors")
+    on_cpu = AnnIndex(make_structure(kind, vectors), kind, Effort(1), vectors, 1000 + np.arange(20_000))
+    expected = tune(on_cpu, vectors, queries, 0.95)
+    monkeypatch.setattr(ann, "GPU_VECTORS", 0)
+    structure = make_structure(kind, vectors)
+    assert caplog.messages == []
+    assert not isinstance(structure, faiss.GpuIndex)
+    faiss.write_index(structure, str(tmp_path / "index.faiss"))
+    structure = faiss.read_index(str(tmp_path / "index.faiss"))
+    assert structure.ntotal == 20_000
+    index = AnnIndex(structure, kind, Effort(1), vectors, 1000 + np.arange(20_000))
+    measured = tune(index, vectors, queries, 0.95)
+    assert measured.recall["10"] >= 0.93
+    assert index.effort.breadth <= 2 * on_cpu.effort.breadth, (measured, expected)
+    for allowed in (None, rng.random(20_000) < 0.3):
+        assert_right(index, vectors, queries.vectors[:20], 10, allowed)
+
+
+def test_what_a_gpu_cannot_do_the_cpu_does(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """With a GPU: seven dimensions in one-byte parts are not among those that FAISS quantises there."""
+    monkeypatch.setattr(ann, "GPU_VECTORS", 0)
+    vectors = clustered(np.random.default_rng(6), 2000, 7)
+    index = AnnIndex(make_structure("ivfpq", vectors), "ivfpq", Effort(2), vectors, 1000 + np.arange(2000))
+    assert_right(index, vectors, unit(vectors[:5]), 10, None)
+    assert all("The CPU makes the structure ivfpq" in message for message in caplog.messages)
