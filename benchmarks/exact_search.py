@@ -165,6 +165,7 @@ def faiss_rows(index: ExactGpuIndex, queries: np.ndarray, runs: int) -> list[Row
         part = index.vectors[start : start + CHUNK].float().contiguous()
         torch.cuda.synchronize()
         flat.add_c(len(part), faiss.cast_integer_to_float_ptr(part.data_ptr()))
+        torch.cuda.synchronize()
     del part
     torch.cuda.empty_cache()
     return [
@@ -223,7 +224,7 @@ def _swept(
     try:
         return row | {"ms": waited(partial(index.search, queries, 10), runs)}
     except Exception as error:  # a shape that a device or compiler cannot take is a result too
-        return row | {"ms": float("inf"), "error": str(error).splitlines()[0][:200]}
+        return row | {"ms": None, "error": str(error).splitlines()[0][:200]}
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
@@ -280,9 +281,11 @@ def report(document: dict[str, Any]) -> None:
     print(", ".join(f"{name} {value:.2f}" for name, value in document["floors"].items()))
     if "sweep" in document:
         for batch in BATCHES:
-            rows = sorted((row for row in document["sweep"] if row["batch"] == batch), key=lambda row: row["ms"])
-            table = [[row["shape"], f"{row['ms']:.3f}", row.get("error", "")] for row in rows]
-            print_table(f"batch {batch}, best first", ["shape", "ms", "error"], table)
+            rows = [row for row in document["sweep"] if row["batch"] == batch]
+            timed = sorted((row for row in rows if row["ms"] is not None), key=lambda row: row["ms"])
+            failed = [[row["shape"], row["error"]] for row in rows if row["ms"] is None]
+            table = [[row["shape"], f"{row['ms']:.3f}"] for row in timed]
+            print_table(f"batch {batch}, best first", ["shape", "ms"], table + failed)
         return
     print(f"peak {document['peak GB']:.2f} GB; checks: {document['checks']}")
     for batch, found in document["kernels"].items():

@@ -16,14 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cots.errors import GalleryError
-from index import engine, exact_gpu
-from index.engine import open_engine
+from index import exact_gpu
 from index.exact import ExactIndex
 from index.exact_gpu import ExactGpuIndex
-from index.gallery import Gallery
-from index.manifest import Manifest
-from index.snapshot import Snapshot
-from index.topk_passes import Passes, TileShape, TorchPasses, TritonPasses, padded_width
+from index.topk_passes import (
+    FEW_QUERIES,
+    MANY_QUERIES,
+    SLICE,
+    SWEPT,
+    Passes,
+    TileShape,
+    TorchPasses,
+    TritonPasses,
+    padded_width,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled unless TRITON_INTERPRET=1 is set")
@@ -253,6 +259,49 @@ def test_interpreted_kernels_tell_apart_what_rounding_confuses(monkeypatch: pyte
     assert_exact(filled(vectors, interpreted_passes("resident", 64)), vectors, queries, 1)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the kernels are interpreted")
+@pytest.mark.parametrize("shape", [FEW_QUERIES[0], MANY_QUERIES[0], MANY_QUERIES[1]], ids=lambda shape: shape.kernel)
+def test_a_hopper_gets_its_own_instructions_and_no_more_shared_memory_than_reckoned(
+    shape: TileShape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled for an H100 without one: matrix products of warp groups, tiles fetched by the copy engine."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from index import topk_kernels
+
+    width = 256
+    depth = SLICE if shape.kernel == "streamed" else width
+    constants = {
+        "QUERIES": shape.queries,
+        "TILE": shape.tile,
+        "BLOCK": shape.block,
+        "STAGES": shape.stages,
+        "PAIRED": shape in FEW_QUERIES,
+        "MASKED": True,
+    }
+    if shape.kernel == "streamed":
+        constants |= {"D": width, "DEPTH": depth}
+    types = {
+        "vectors": f"tensordesc<fp16[{shape.tile}, {depth}]>",
+        "queries": f"tensordesc<fp16[{shape.queries}, {depth}]>",
+        "mask": "*i32",
+        "maxima": "*fp32",
+        "rows": "i32",
+        "tiles": "i32",
+        "lanes": "i32",
+    }
+    kernel = getattr(topk_kernels, f"{shape.kernel}_maxima")
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    compiled = triton.compile(
+        triton.compiler.ASTSource(kernel, signature=signature, constexprs=constants),
+        target=triton.backends.compiler.GPUTarget("cuda", 90, 32),
+        options={"num_warps": shape.warps},
+    )
+    assert "wgmma.mma_async" in compiled.asm["ptx"]
+    assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= shape.shared_bytes(width) <= 227 * 1024
+
+
 DIMENSIONS = (48, 256, 384, 768)
 
 
@@ -273,14 +322,14 @@ def test_hits_on_a_gpu_are_those_of_brute_force(dimension: int) -> None:
 
 
 @on_gpu
-def test_every_shape_on_a_gpu_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_shape_on_a_gpu_gives_the_same() -> None:
     import triton
-
-    from index.topk_passes import SWEPT
 
     facts = triton.runtime.driver.active.utils.get_device_properties(0)
     vectors, asked, allowed = drawn(7, 20_011, 256, 150, 0.5, True)
     for shape in SWEPT:
+        if shape.shared_bytes(256) > facts["max_shared_mem"]:
+            continue
         passes = TritonPasses(256, facts["multiprocessor_count"], facts["max_shared_mem"], few=(shape,), many=(shape,))
         index = filled(vectors, passes, "cuda")
         for queries in (1, 40, 150):
@@ -339,6 +388,12 @@ def test_vectors_that_do_not_fit_are_refused_with_a_sentence_and_the_rest_still_
 
 def opened(vectors: np.ndarray, tmp_path: Path, device: str | None) -> object:
     """The engine of a gallery of these vectors, whose table nobody asks for."""
+    pytest.importorskip("pyarrow")
+    from index.engine import open_engine
+    from index.gallery import Gallery
+    from index.manifest import Manifest
+    from index.snapshot import Snapshot
+
     count = len(vectors)
     flags = np.zeros(count, bool)
     gallery = Gallery(tmp_path, Manifest("model", "fingerprint", vectors.shape[1]))
@@ -357,7 +412,7 @@ def test_a_gallery_is_searched_on_the_cpu_unless_a_gpu_is_named(tmp_path: Path) 
 def test_a_large_gallery_is_searched_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = unit_vectors(np.random.default_rng(12), 5000, 256).astype(np.float16)
     assert isinstance(opened(vectors, tmp_path, "cuda"), ExactIndex)
-    monkeypatch.setattr(engine, "EXACT_NUMBERS", 1000 * 256)
+    monkeypatch.setattr("index.engine.EXACT_NUMBERS", 1000 * 256)
     index = opened(vectors, tmp_path, "cuda")
     assert isinstance(index, ExactGpuIndex)
     assert_exact(index, vectors, vectors[:5].astype(np.float32), 10)
