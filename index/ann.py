@@ -11,6 +11,7 @@ allowed rows are among them, and how often they are the best is measured when a 
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ HNSW_CONSTRUCTION = 120
 CELL_SAMPLE = 50  # training vectors a cell; FAISS asks for 39
 MOST_CELLS = 65_536
 GPU_VECTORS = 100_000  # fewer are sorted into cells on the CPU before FAISS has set up a GPU
+Fill = Callable[[Any, np.ndarray], None]  # adds vectors, (N, D), to a trained structure of cells
 log = logging.getLogger("cots")
 
 
@@ -44,7 +46,7 @@ class Effort:
     proposals: int = 1
 
 
-def make_structure(kind: str, vectors: np.ndarray) -> Any:
+def make_structure(kind: str, vectors: np.ndarray, fill: Fill | None = None) -> Any:
     """Train a FAISS index and fill it; one of cells on the GPU, if FAISS is installed for GPUs and there is one.
 
     What is returned lies in the CPU's memory. There it can be searched with a filter, which FAISS's classic GPU indexes
@@ -53,6 +55,7 @@ def make_structure(kind: str, vectors: np.ndarray) -> Any:
     Args:
         kind: "hnsw", "ivf" or "ivfpq".
         vectors: (N, D) float16 or float32 of unit norm, N at least 1; may be mapped from a file.
+        fill: sorts the vectors into the cells of an "ivf" or "ivfpq" elsewhere, see `index.filling`.
 
     Raises:
         MissingDependency: FAISS is not installed.
@@ -60,6 +63,10 @@ def make_structure(kind: str, vectors: np.ndarray) -> Any:
     faiss = installed_faiss()
     structure = _empty(faiss, kind, *vectors.shape)
     sample = 0 if structure.is_trained else min(len(vectors), max(CELL_SAMPLE * structure.nlist, 20_000))
+    if sample and fill is not None:
+        _train(structure, vectors, sample)
+        fill(structure, vectors)
+        return structure
     if sample and len(vectors) >= GPU_VECTORS and hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus():
         options = faiss.GpuClonerOptions()
         options.useFloat16 = True
@@ -78,8 +85,17 @@ def make_structure(kind: str, vectors: np.ndarray) -> Any:
 def _fill(structure: Any, vectors: np.ndarray, sample: int) -> None:
     """Train a structure with a sample of the vectors, if there is anything to train, and add all of them."""
     if sample:
-        rows = np.sort(np.random.default_rng(0).choice(len(vectors), sample, replace=False))
-        structure.train(vectors[np.resize(rows, max(sample, 2))].astype(np.float32))  # FAISS wants two, even equal
+        _train(structure, vectors, sample)
+    add_vectors(structure, vectors)
+
+
+def _train(structure: Any, vectors: np.ndarray, sample: int) -> None:
+    rows = np.sort(np.random.default_rng(0).choice(len(vectors), sample, replace=False))
+    structure.train(vectors[np.resize(rows, max(sample, 2))].astype(np.float32))  # FAISS wants two, even equal
+
+
+def add_vectors(structure: Any, vectors: np.ndarray) -> None:
+    """Add vectors, (N, D) float16 or float32, to a trained structure, some at a time as float32."""
     for start in range(0, len(vectors), BLOCK):
         structure.add(np.ascontiguousarray(vectors[start : start + BLOCK], dtype=np.float32))
 

@@ -139,7 +139,7 @@ def build(
         _settle_missing(gallery, known.missing(), prune, report)
         tidy(gallery, fresh)
         gallery = open_gallery(directory)
-        renew_engine(gallery, engine, recall_target, model)
+        _renew_engine(gallery, engine, recall_target, model, cluster)
         snapshot = gallery.snapshot
     report.items, report.vectors = int((~snapshot.moments).sum()), len(snapshot)
     report.seconds = time.perf_counter() - started
@@ -251,9 +251,24 @@ def _embedded(
     elif cluster is None:
         yield from embed_with(ProcessCrew(min(workers or 1, len(samples)), recipe), samples, **telling)
     else:
-        from index.cluster import RayCrew
+        from index.cluster import RayCrew, connection
 
-        yield from embed_with(RayCrew(cluster, workers, len(samples), recipe), samples, **telling)
+        with connection(cluster) as ray:
+            yield from embed_with(RayCrew(ray, workers, len(samples), recipe), samples, **telling)
+
+
+def _renew_engine(
+    gallery: Gallery, engine: str | None, recall_target: float | None, model: "RetrievalModel", cluster: str | None
+) -> None:
+    """Make what answers queries, if there are cells to fill, on the cluster."""
+    if cluster is None:
+        renew_engine(gallery, engine, recall_target, model)
+        return
+    from index.cluster import connection
+    from index.filling import cluster_fill
+
+    with connection(cluster) as ray:
+        renew_engine(gallery, engine, recall_target, model, fill=cluster_fill(ray))
 
 
 def _settle_missing(gallery: Gallery, missing: list[tuple[int, str]], prune: bool, report: BuildReport) -> None:

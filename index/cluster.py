@@ -10,11 +10,12 @@ Plain actors and not Ray Data's `map_batches`: that gives a block to an actor ag
 only drop whole blocks, and says of a block that it is done, where a build must know it of each sample.
 """
 
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from threading import Thread
@@ -38,23 +39,18 @@ class RayCrew:
     """Actors, each with a model, spread over a cluster.
 
     Args:
-        address: of the cluster, or "auto" for the one that this machine belongs to. A connection that the process has
-            already is used, whatever the address.
+        ray: the module, connected to a cluster; see `connection`.
         size: how many; None: one a GPU, or one a node.
         most: as many are of use.
         recipe: of the model; its device and threads are set by what the cluster has.
 
     Raises:
-        MissingDependency: Ray is not installed.
-        CotsError: there is no cluster, or it is too small.
+        CotsError: the cluster is too small.
     """
 
-    def __init__(self, address: str, size: int | None, most: int, recipe: Recipe) -> None:
-        self._ray = installed_ray()
-        self._connected = not self._ray.is_initialized()
-        if self._connected:
-            _connect(self._ray, address)
-        nodes = [Node(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in self._resources()]
+    def __init__(self, ray: Any, size: int | None, most: int, recipe: Recipe) -> None:
+        self._ray = ray
+        nodes = nodes_of(ray)
         gpus = sum(node.gpus for node in nodes)
         self.size = min(size or gpus or len(nodes), most)
         threads = cores_each(nodes, self.size)
@@ -101,14 +97,9 @@ class RayCrew:
     def close(self) -> None:
         for actor in self._actors.values():
             self._ray.kill(actor)
-        if self._connected:
-            self._ray.shutdown()
 
     def _await(self, worker: int) -> None:
         self._awaited[self._actors[worker].get.remote()] = worker
-
-    def _resources(self) -> list[dict[str, float]]:
-        return [node["Resources"] for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
 
 class EmbeddingActor:
@@ -162,27 +153,42 @@ def cores_each(nodes: Sequence[Node], workers: int) -> int:
     raise CotsError(f"The Ray cluster has {have}, too few for {workers} workers; ask for fewer with --workers.")
 
 
-def installed_ray() -> Any:
-    """Ray's module.
+@contextmanager
+def connection(address: str) -> Iterator[Any]:
+    """Ray's module, connected to a cluster until the body ends; a connection that the process has already is used.
+
+    Args:
+        address: of the cluster, or "auto" for the one that this machine belongs to.
 
     Raises:
-        MissingDependency: it is not installed.
+        MissingDependency: Ray is not installed.
+        CotsError: there is no such cluster.
     """
     try:
         import ray
     except ImportError as error:
         raise MissingDependency("ray", "pip install 'cots[cluster]'") from error
-    return ray
-
-
-def _connect(ray: Any, address: str) -> None:
+    if ray.is_initialized():
+        yield ray
+        return
     try:
-        ray.init(address=address, logging_level="warning")
+        ray.init(address=address, logging_level=logging.WARNING)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise CotsError(
             f"There is no Ray cluster at {address!r} ({reason}); start one (`ray start --head`) or give its address."
         ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def nodes_of(ray: Any) -> list[Node]:
+    """The cluster's nodes that can compute."""
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [Node(int(offer.get("CPU", 0)), int(offer.get("GPU", 0))) for offer in resources]
+    return [node for node in nodes if node.cpus]
 
 
 def _file(path: str) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from cots.errors import CotsError, GalleryError
-from index.ann import HNSW_LINKS, AnnIndex, Effort, installed_faiss, make_structure
+from index.ann import HNSW_LINKS, AnnIndex, Effort, Fill, installed_faiss, make_structure
 from index.exact import ExactIndex
 from index.gallery import Gallery, open_gallery, writing
 from index.manifest import StructureRecord
@@ -167,6 +167,7 @@ def renew_engine(
     recall_target: float | None = None,
     model: "RetrievalModel | None" = None,
     anew: bool = False,
+    fill: Fill | None = None,
 ) -> None:
     """Bring the engine up to date with the table. The caller holds the lock and has the latest manifest.
 
@@ -175,6 +176,7 @@ def renew_engine(
         engine, recall_target: see `set_engine`; None keeps what was asked for before.
         model: see `set_engine`.
         anew: make the structure though one of its kind and target fits.
+        fill: see `index.ann.make_structure`.
     """
     check_engine(engine, recall_target)
     manifest = gallery.manifest
@@ -190,7 +192,7 @@ def renew_engine(
         gallery.manifest.write(gallery.directory)
         remove_structures(gallery.directory, keep=None)
     elif anew or target != manifest.recall_target or not _fits(gallery, kind):
-        _make(gallery, kind, target, model)
+        _make(gallery, kind, target, model, fill)
     else:
         gallery.manifest.write(gallery.directory)
 
@@ -229,11 +231,13 @@ def _fits(gallery: Gallery, kind: str) -> bool:
     return len(index.uncovered) <= STALE_SHARE / 2 * len(gallery.snapshot)
 
 
-def _make(gallery: Gallery, kind: str, target: float, model: "RetrievalModel | None") -> StructureRecord:
+def _make(
+    gallery: Gallery, kind: str, target: float, model: "RetrievalModel | None", fill: Fill | None = None
+) -> StructureRecord:
     """Make, measure and write a structure; then, in one step, have the manifest name it. The caller holds the lock."""
     snapshot = gallery.snapshot
     started = time.perf_counter()
-    structure = make_structure(kind, snapshot.vectors)
+    structure = make_structure(kind, snapshot.vectors, fill)
     seconds = time.perf_counter() - started
     # Tuned as if no number of rows were few, because the gallery may grow beyond that.
     index = AnnIndex(structure, kind, Effort(1), snapshot.vectors, snapshot.ids, few_rows=0)

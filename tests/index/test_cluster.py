@@ -15,10 +15,12 @@ from cots.data.samples import Sample, iter_samples
 from cots.embed import Progress
 from cots.errors import CotsError, ModelError, SourceError
 from cots.model.retrieval_model import RetrievalModel
-from index.build import build
+from index.ann import make_structure
+from index.build import build, info
 from index.check import check
 from index.cluster import Node, RayCrew, cores_each
 from index.crew import Recipe, embed_with
+from index.filling import cluster_fill
 from index.gallery import open_gallery
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -80,12 +82,13 @@ def test_a_cluster_builds_what_one_process_builds_though_an_actor_is_killed(
             killed.append(actors()[0])
             os.kill(killed[0], signal.SIGKILL)
 
-    report = build([media], tmp_path / "gallery", tiny_model, cluster="auto", progress=kill_one)
+    report = build([media], tmp_path / "gallery", tiny_model, cluster="auto", engine="ivf", progress=kill_one)
     assert len(killed) == 1
     assert (report.added, report.items) == (204, 204)
     assert [Path(error.path).name for error in report.failed] == ["truncated.png"]
     assert actors() == []
     assert check(tmp_path / "gallery", tiny_model) == []
+    assert info(tmp_path / "gallery")["structure_vectors"] == report.vectors
     build([media], tmp_path / "alone", tiny_model)
     found, expected = pooled(tmp_path / "gallery"), pooled(tmp_path / "alone")
     assert found.keys() == expected.keys()
@@ -102,7 +105,7 @@ def test_a_file_that_a_node_does_not_see_stops_the_build(
         sample = Sample("/proc/self/fd/199", "image")
         recipe = Recipe(tiny_model.name, tiny_model.fingerprint, "cpu", None, None)
         with pytest.raises(SourceError, match=r"The node [\d.]+ has no file /proc/self/fd/199, which is there on this"):
-            list(embed_with(RayCrew("auto", 1, 1, recipe), [sample], on_error=print))
+            list(embed_with(RayCrew(ray, 1, 1, recipe), [sample], on_error=print))
         os.close(199)
     assert actors() == []
 
@@ -111,13 +114,13 @@ def test_a_node_that_finds_another_model_is_named(cluster: Any, media: Path, tin
     samples = list(iter_samples([media], on_error=print))
     recipe = Recipe(str(tiny_model_dir), "0123456789", "cpu", None, None)
     with pytest.raises(ModelError, match=r"On the node [\d.]+: A worker finds another model by the name"):
-        list(embed_with(RayCrew("auto", 1, 9, recipe), samples, on_error=print))
+        list(embed_with(RayCrew(ray, 1, 9, recipe), samples, on_error=print))
 
 
 def test_more_workers_than_the_cluster_has_room_for_are_refused(cluster: Any, tiny_model_dir: Path) -> None:
     recipe = Recipe(str(tiny_model_dir), "", "cpu", None, None)
     with pytest.raises(CotsError, match=r"has 2 cores, too few for 3 workers"):
-        RayCrew("auto", 3, 9, recipe)
+        RayCrew(ray, 3, 9, recipe)
 
 
 def test_the_work_of_a_lost_node_is_done_by_the_other(
@@ -134,6 +137,22 @@ def test_the_work_of_a_lost_node_is_done_by_the_other(
     assert len(lost) == 1
     assert (report.added, len(report.failed)) == (204, 1)
     assert check(tmp_path / "gallery", tiny_model) == []
+
+
+@pytest.mark.parametrize("kind", ["ivf", "ivfpq"])
+def test_a_structure_filled_in_parts_is_the_one_filled_at_once(
+    cluster: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("index.filling.FEWEST", 700)
+    vectors = np.random.default_rng().standard_normal((5000, 32)).astype(np.float32)
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    asked = vectors[:100].astype(np.float32)
+    alone, parts = make_structure(kind, vectors), make_structure(kind, vectors, cluster_fill(ray))
+    assert parts.ntotal == 5000
+    for structure in (alone, parts):
+        structure.nprobe = 4
+    for found, expected in zip(parts.search(asked, 10), alone.search(asked, 10)):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_cores_are_shared_out_node_by_node() -> None:
