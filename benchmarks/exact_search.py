@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from index.exact_gpu import ExactGpuIndex
-from index.topk_passes import SWEPT, TileShape, TritonPasses, padded_width
+from index.topk_passes import SWEPT, TritonPasses, padded_width
 
 CHUNK = 1_000_000
 CENTRES = 4096
@@ -33,7 +33,7 @@ CHECKED = 64
 SCORES = 2_500_000_000  # that brute force holds at a time
 WARM_UP = 3
 BATCHES = (1, 32, 1024)
-SHARES = (0.01, 0.5)
+SHARES = (0.01, 0.1, 0.5)
 Row = dict[str, Any]
 
 
@@ -181,17 +181,18 @@ def faiss_rows(index: ExactGpuIndex, queries: np.ndarray, runs: int) -> list[Row
 
 
 def kernels(index: ExactGpuIndex, queries: np.ndarray) -> dict[str, list[tuple[str, float]]]:
-    """Milliseconds of each kernel of one search, the longest first, by batch."""
+    """Milliseconds of each kernel of one search, the longest first, and of all of them, by batch."""
     from torch.profiler import ProfilerActivity, profile
 
     found = {}
     for batch in BATCHES:
-        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             index.search(queries[:batch], 10)
         events = [event for event in profiled.key_averages() if event.self_device_time_total > 0]
         events.sort(key=lambda event: -event.self_device_time_total)
         found[str(batch)] = [
-            (f"{event.key[:60]} x{event.count}", event.self_device_time_total / 1e3) for event in events[:10]
+            ("all", sum(event.self_device_time_total for event in events) / 1e3),
+            *((f"{event.key[:60]} x{event.count}", event.self_device_time_total / 1e3) for event in events[:10]),
         ]
     return found
 
@@ -203,6 +204,7 @@ def sweep(index: ExactGpuIndex, queries: np.ndarray, seconds: float, runs: int) 
     facts = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())
     width = padded_width(queries.shape[1])
     deadline = time.perf_counter() + seconds
+    expected = index.search(queries, 10)[0]
     rows = []
     for shape in dict.fromkeys(SWEPT):
         if shape.shared_bytes(width) > facts["max_shared_mem"] or (shape.kernel != "streamed" and width > 256):
@@ -210,21 +212,18 @@ def sweep(index: ExactGpuIndex, queries: np.ndarray, seconds: float, runs: int) 
         for batch in BATCHES:
             if time.perf_counter() > deadline:
                 return rows
-            rows.append(_swept(index, queries[:batch], shape, (facts, width), runs))
-            print(rows[-1], flush=True)
+            index.passes = TritonPasses(
+                width, facts["multiprocessor_count"], facts["max_shared_mem"], few=(shape,), many=(shape,)
+            )
+            row: Row = {"shape": str(shape), "batch": batch}
+            try:
+                row["ms"] = waited(partial(index.search, queries[:batch], 10), runs)
+                row["off by"] = float(np.abs(index.search(queries[:batch], 10)[0] - expected[:batch]).max())
+            except Exception as error:  # a shape that a device or compiler cannot take is a result too
+                row |= {"ms": None, "error": str(error).splitlines()[0][:200]}
+            rows.append(row)
+            print(row, flush=True)
     return rows
-
-
-def _swept(
-    index: ExactGpuIndex, queries: np.ndarray, shape: TileShape, device: tuple[dict[str, int], int], runs: int
-) -> Row:
-    facts, width = device
-    index.passes = TritonPasses(width, facts["multiprocessor_count"], facts["max_shared_mem"], (shape,), (shape,))
-    row = {"shape": str(shape), "batch": len(queries)}
-    try:
-        return row | {"ms": waited(partial(index.search, queries, 10), runs)}
-    except Exception as error:  # a shape that a device or compiler cannot take is a result too
-        return row | {"ms": None, "error": str(error).splitlines()[0][:200]}
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
@@ -284,7 +283,7 @@ def report(document: dict[str, Any]) -> None:
             rows = [row for row in document["sweep"] if row["batch"] == batch]
             timed = sorted((row for row in rows if row["ms"] is not None), key=lambda row: row["ms"])
             failed = [[row["shape"], row["error"]] for row in rows if row["ms"] is None]
-            table = [[row["shape"], f"{row['ms']:.3f}"] for row in timed]
+            table = [[row["shape"], f"{row['ms']:.3f}, scores off by {row['off by']:.0e}"] for row in timed]
             print_table(f"batch {batch}, best first", ["shape", "ms"], table + failed)
         return
     print(f"peak {document['peak GB']:.2f} GB; checks: {document['checks']}")

@@ -18,10 +18,15 @@ queries of twice the precision: a second half-precision number for what the firs
 the chip. So are at most 64 queries from the start, for which the time goes into reading the vectors anyway. What then
 remains of e (below 1e-6 for unit vectors) is what any order of summing in float32 has.
 
-Where the time goes on an H100, for N = 10 M of 256 dimensions (5.1 GB) and k = 10:
+Any k is answered; for a large one the second pass has more to read, and fewer queries are answered at a time. Where a
+filter allows few vectors, these are copied together before they are searched, so that it costs less than none; else the
+first pass takes the filter as bits.
 
-    first pass, up to 64 queries    N x 512 B at 3.0 TB/s: 1.7 ms
-    first pass, 1,024 queries       5.2 TFLOP at 756 TFLOP/s: 6.9 ms; the maxima, 320 MB instead of 40 GB of scores
+Where the time goes on an H100, for N = 10 M of 256 dimensions (5.1 GB) and k = 10, as reckoned from 3.0 TB/s of memory
+and 756 TFLOP/s of the tensor cores:
+
+    first pass, up to 64 queries    512 B a vector: 1.7 ms
+    first pass, 1,024 queries       5.2 TFLOP: 6.9 ms, and 320 MB of maxima instead of 40 GB of scores
     choosing, 1,024 queries         the maxima once more, 0.15 ms, then a few thousand numbers a query
     second pass, 1,024 queries      15 blocks of 64 KB a query, 1 GB: 0.4 ms
 """
@@ -40,7 +45,7 @@ GROUP = 64  # blocks
 FEW_QUERIES = 64  # precise ones cost nothing extra
 MOST_QUERIES = 1024
 SCRATCH = 2**30  # bytes that a search may take beside the vectors
-FEW_ALLOWED = 16  # if fewer than one in so many may be found, these are copied together first
+FEW_ALLOWED = 0.25  # if no larger share may be found, it is read, written and read again sooner than all vectors once
 
 
 class ExactGpuIndex:
@@ -210,7 +215,7 @@ class ExactGpuIndex:
         packed = np.packbits(usable, bitorder="little")
         bits[: len(packed)] = packed
         mask = torch.from_numpy(bits).to(self.device)
-        if eligible * FEW_ALLOWED >= self._count:
+        if eligible > FEW_ALLOWED * self._count or 2 * self._width * eligible > SCRATCH:
             return Rows(self._vectors, self._count, mask.view(torch.int32)), None
         every = torch.arange(8, dtype=torch.uint8, device=self.device)
         origin = ((mask[:, None] >> every) & 1).flatten().nonzero().flatten()
