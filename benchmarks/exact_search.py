@@ -33,6 +33,7 @@ CHECKED = 64
 SCORES = 2_500_000_000  # that brute force holds at a time
 WARM_UP = 3
 BATCHES = (1, 32, 1024)
+SWEPT_BATCHES = (1, 32, 128, 1024)
 SHARES = (0.01, 0.1, 0.5)
 Row = dict[str, Any]
 
@@ -209,7 +210,7 @@ def sweep(index: ExactGpuIndex, queries: np.ndarray, seconds: float, runs: int) 
     for shape in dict.fromkeys(SWEPT):
         if shape.shared_bytes(width) > facts["max_shared_mem"] or (shape.kernel != "streamed" and width > 256):
             continue
-        for batch in BATCHES:
+        for batch in SWEPT_BATCHES:
             if time.perf_counter() > deadline:
                 return rows
             index.passes = TritonPasses(
@@ -279,7 +280,7 @@ def report(document: dict[str, Any]) -> None:
     print(f"\n{document['device']}, {document['versions']}, {document['vectors']:,} x {document['dimension']}")
     print(", ".join(f"{name} {value:.2f}" for name, value in document["floors"].items()))
     if "sweep" in document:
-        for batch in BATCHES:
+        for batch in SWEPT_BATCHES:
             rows = [row for row in document["sweep"] if row["batch"] == batch]
             timed = sorted((row for row in rows if row["ms"] is not None), key=lambda row: row["ms"])
             failed = [[row["shape"], row["error"]] for row in rows if row["ms"] is None]

@@ -26,9 +26,9 @@ Where the time goes on an H100, for N = 10 M of 256 dimensions (5.1 GB) and k = 
 and 756 TFLOP/s of the tensor cores:
 
     first pass, up to 64 queries    512 B a vector: 1.7 ms
-    first pass, 1,024 queries       5.2 TFLOP: 6.9 ms, and 320 MB of maxima instead of 40 GB of scores
-    choosing, 1,024 queries         the maxima once more, 0.15 ms, then a few thousand numbers a query
-    second pass, 1,024 queries      15 blocks of 64 KB a query, 1 GB: 0.4 ms
+    first pass, 1,024 queries       5.2 TFLOP: 6.9 ms, and 640 MB of maxima instead of 40 GB of scores
+    choosing, 1,024 queries         the maxima once more, 0.25 ms, then a few thousand numbers a query
+    second pass, 1,024 queries      15 blocks of 32 KB a query, 0.5 GB: 0.2 ms
 """
 
 import numpy as np

@@ -75,7 +75,7 @@ FEW_QUERIES = (
     TileShape("streamed", 64, 64, 64, stages=2, warps=4),
 )
 MANY_QUERIES = (
-    TileShape("stationary", 64, 256, 128, stages=3, warps=8),
+    TileShape("resident", 128, 64, 64, stages=4, warps=8),
     TileShape("streamed", 128, 256, 128, stages=4, warps=8),
     TileShape("streamed", 128, 128, 128, stages=3, warps=8),
     TileShape("streamed", 64, 64, 64, stages=2, warps=4),
@@ -90,8 +90,8 @@ SWEPT = (
     TileShape("resident", 64, 64, 64, stages=5, warps=4),
     TileShape("resident", 64, 128, 128, stages=3, warps=4),
     TileShape("resident", 64, 128, 128, stages=3, warps=8),
-    TileShape("resident", 128, 64, 64, stages=4, warps=8),
     TileShape("resident", 256, 64, 64, stages=3, warps=8),
+    TileShape("stationary", 64, 256, 128, stages=3, warps=8),
     TileShape("stationary", 64, 256, 64, stages=3, warps=8),
     TileShape("stationary", 64, 256, 256, stages=3, warps=8),
     TileShape("stationary", 64, 256, 128, stages=3, warps=4),

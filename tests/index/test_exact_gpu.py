@@ -23,6 +23,7 @@ from index.topk_passes import (
     FEW_QUERIES,
     MANY_QUERIES,
     SLICE,
+    SWEPT,
     Passes,
     TileShape,
     TorchPasses,
@@ -34,6 +35,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled unless TRITON_INTERPRET=1 is set")
 on_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="there is no GPU")
 KERNELS = ("resident", "stationary", "streamed")
+STATIONARY = next(shape for shape in SWEPT if shape.kernel == "stationary")
 SHARES = st.one_of(st.none(), st.sampled_from([0.0, 0.01, 0.3, 1.0]))
 
 
@@ -261,7 +263,7 @@ def test_interpreted_kernels_tell_apart_what_rounding_confuses(monkeypatch: pyte
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the kernels are interpreted")
-@pytest.mark.parametrize("shape", [FEW_QUERIES[0], MANY_QUERIES[0], MANY_QUERIES[1]], ids=lambda shape: shape.kernel)
+@pytest.mark.parametrize("shape", [FEW_QUERIES[0], MANY_QUERIES[0], MANY_QUERIES[1], STATIONARY], ids=str)
 def test_a_hopper_gets_its_own_instructions_and_no_more_shared_memory_than_reckoned(
     shape: TileShape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,7 +330,7 @@ def test_every_shape_on_a_gpu_gives_the_same() -> None:
 
     facts = triton.runtime.driver.active.utils.get_device_properties(0)
     vectors, asked, allowed = drawn(7, 20_011, 256, 150, 0.5, True)
-    for shape in {*FEW_QUERIES, *MANY_QUERIES}:
+    for shape in {*FEW_QUERIES, *MANY_QUERIES, STATIONARY}:
         if shape.shared_bytes(256) > facts["max_shared_mem"]:
             continue
         passes = TritonPasses(256, facts["multiprocessor_count"], facts["max_shared_mem"], few=(shape,), many=(shape,))
