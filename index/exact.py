@@ -7,6 +7,7 @@ a query to one core.
 """
 
 import os
+import threading
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -20,7 +21,9 @@ from cots.single_core import single_core_threads
 
 BLOCK = 4096
 FEW = 1024  # scores that one core computes sooner than it shares the work out
+GROUPS = 128
 SERIAL = 32_768  # numbers that torch converts on the calling core
+_kept = threading.local()
 
 
 class ExactIndex:
@@ -127,12 +130,12 @@ def _best_of_part(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores and rows (Q, k) of the best from `first` up to `behind`, on one core.
 
-    The k-th best, which a score must beat, is known after the first block and brought up to date whenever the blocks
-    seen have doubled; so of each doubling about k scores a query have to be sorted.
+    A score must beat the k-th best of those before. That is known from the first block on, at first as a bound, and
+    brought up to date whenever the blocks seen have doubled; so of each doubling about k scores a query are sorted.
     """
-    block = torch.empty(BLOCK, vectors.shape[1])
+    block = _block(vectors.shape[1])
     best_scores, best_places = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
-    least = torch.full((len(queries), 1), -np.inf)
+    least: Tensor | None = None
     waiting: list[tuple[Tensor, Tensor, Tensor]] = []
     seen, due = 0, 1
     with torch.inference_mode():
@@ -141,7 +144,7 @@ def _best_of_part(
             part = block[: stop - start]
             part.copy_(vectors[start:stop] if rows is None else vectors[rows[start:stop]])
             scores = queries @ part.T
-            asked, places = torch.nonzero(scores > least, as_tuple=True)
+            asked, places = torch.nonzero(scores > (_bound(scores, k) if least is None else least), as_tuple=True)
             waiting.append((asked, places + start, scores[asked, places]))
             seen += 1
             if seen == due or stop == behind:
@@ -151,6 +154,25 @@ def _best_of_part(
     if rows is not None:
         best_places = np.where(best_places < 0, -1, rows.numpy()[best_places])
     return best_scores, best_places
+
+
+def _block(dimension: int) -> Tensor:
+    """(BLOCK, D) float32 that the calling thread keeps: to get fresh memory takes as long as to fill it."""
+    block: Tensor | None = getattr(_kept, "block", None)
+    if block is None or block.shape != (BLOCK, dimension):
+        block = _kept.block = torch.empty(BLOCK, dimension)
+    return block
+
+
+def _bound(scores: Tensor, k: int) -> Tensor:
+    """Less (Q, 1) than the k-th best of scores (Q, M), if only just: of the maxima of groups the k-th is no better."""
+    usable = torch.where(scores.isnan(), -torch.inf, scores)
+    width = scores.shape[1] // max(GROUPS, k)
+    if width > 1:
+        usable = usable[:, : width * max(GROUPS, k)].unflatten(1, (width, -1)).amax(dim=1)
+    if usable.shape[1] < k:
+        return torch.full((len(scores), 1), -torch.inf)
+    return torch.nextafter(usable.topk(k).values[:, -1:], torch.tensor(-torch.inf))
 
 
 def _merge(

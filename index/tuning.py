@@ -6,6 +6,7 @@ effort, the other half are asked only once, for the figures that are reported.
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,8 @@ TUNED_DEPTH = 10
 TIMED_QUERIES = 100
 PROPOSALS = (4, 16, 64)
 SCORE_ERROR = 1e-6
+STEPS_OF_FOUR = 4  # of a ladder, each of which is wider by the root of two
+LEAST_GAIN = 0.001
 
 
 @dataclass(frozen=True)
@@ -98,20 +101,54 @@ def tune(index: AnnIndex, vectors: np.ndarray, queries: Queries, target: float) 
 
 
 def _set_effort(index: AnnIndex, queries: np.ndarray, truth: np.ndarray, target: float) -> None:
-    """Widen until the recall is at least the target plus two standard errors, with as few proposals as that allows."""
-    for proposals in PROPOSALS if index.kind == "ivfpq" else (1,):
-        for breadth in _breadths(index):
-            index.effort = Effort(breadth, proposals)
-            recall = _recall(index, queries, truth)
+    """Of the efforts whose recall is at least the target plus two standard errors, set the quickest.
+
+    With more proposals a narrower look may do; so each number of them is widened until it reaches the target, and those
+    that do are timed.
+    """
+
+    reaching: list[Effort] = []
+    for ladder in ladders(index):
+        narrower = [effort for effort in ladder if not reaching or effort.breadth < reaching[-1].breadth]
+        for effort, recall in _climb(index, narrower, queries, truth):
             if recall.mean() - 2 * recall.std() / len(recall) ** 0.5 >= target or recall.mean() == 1:
-                return
+                reaching.append(effort)
+                break
+    if reaching:
+        index.effort = min(reaching, key=lambda effort: _latency_at(index, effort, queries))
+    else:
+        index.effort = ladders(index)[-1][-1]
 
 
-def _breadths(index: AnnIndex) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 11, 16, ... up to all cells; of a graph from the narrowest walk to one of 4,096 nodes."""
+def _climb(
+    index: AnnIndex, ladder: list[Effort], queries: np.ndarray, truth: np.ndarray
+) -> Iterator[tuple[Effort, np.ndarray]]:
+    """Efforts with their recalls (Q,), as long as looking four times as wide finds more."""
+    means: list[float] = []
+    for effort in ladder:
+        index.effort = effort
+        recall = _recall(index, queries, truth)
+        yield effort, recall
+        means.append(float(recall.mean()))
+        if len(means) > STEPS_OF_FOUR and means[-1] - means[-1 - STEPS_OF_FOUR] < LEAST_GAIN:
+            return
+
+
+def _latency_at(index: AnnIndex, effort: Effort, queries: np.ndarray) -> float:
+    index.effort = effort
+    return _latency(index, queries)["p50"]
+
+
+def ladders(index: AnnIndex) -> list[list[Effort]]:
+    """The efforts to try: for each number of proposals, from the narrowest look to the widest.
+
+    Breadths are 1, 2, 3, 4, 6, 8, 11, 16, ... up to all cells; of a graph from the narrowest walk to 4,096 nodes.
+    """
     least, most = (1, index.cells) if index.cells else (GRAPH_BREADTH, 4096)
     steps = [round(2 ** (step / 2)) for step in range(0, 32)]
-    return sorted({least, most} | {step for step in steps if least < step < most})
+    breadths = sorted({least, most} | {step for step in steps if least < step < most})
+    proposals = PROPOSALS if index.kind == "ivfpq" else (1,)
+    return [[Effort(breadth, count) for breadth in breadths] for count in proposals]
 
 
 def _recall(index: AnnIndex, queries: np.ndarray, truth: np.ndarray) -> np.ndarray:
