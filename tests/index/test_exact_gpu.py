@@ -176,6 +176,17 @@ def test_a_vector_that_is_not_finite_comes_last_and_disturbs_no_other(value: flo
     assert np.isnan(scores[:, 1]).all()
 
 
+def test_what_is_no_number_is_answered_as_on_the_cpu() -> None:
+    vectors = unit_vectors(np.random.default_rng(15), 100, 8)
+    vectors[[4, 70]] = np.nan
+    query = vectors[:2]
+    for k in (3, 98, 100):
+        expected, expected_ids = ExactIndex(vectors, 1000 + np.arange(100)).search(query, k)
+        scores, ids = filled(vectors).search(query, k)
+        np.testing.assert_allclose(scores, expected, atol=1e-3)
+        np.testing.assert_array_equal(ids[:, 98:], expected_ids[:, 98:])
+
+
 def test_queries_of_any_length_are_answered() -> None:
     """Half precision holds nothing above 65,504 and little below a millionth."""
     rng = np.random.default_rng(3)
@@ -389,17 +400,18 @@ def test_vectors_that_do_not_fit_are_refused_with_a_sentence_and_the_rest_still_
     assert_exact(index, few, few[:3].astype(np.float32), 5)
 
 
-def opened(vectors: np.ndarray, tmp_path: Path, device: str | None) -> object:
-    """The engine of a gallery of these vectors, whose table nobody asks for."""
+def opened(vectors: np.ndarray, tmp_path: Path, device: str | None, structured: bool = False) -> object:
+    """The engine of a gallery of these vectors, whose table nobody asks for; `structured`: "auto" stands for "ivf"."""
     pytest.importorskip("pyarrow")
     from index.engine import open_engine
     from index.gallery import Gallery
-    from index.manifest import Manifest
+    from index.manifest import Manifest, StructureRecord
     from index.snapshot import Snapshot
 
     count = len(vectors)
     flags = np.zeros(count, bool)
-    gallery = Gallery(tmp_path, Manifest("model", "fingerprint", vectors.shape[1]))
+    record = StructureRecord("ivf", "lost", "lost", 1, count, 1, 1, {}, "", 0, 0, {}) if structured else None
+    gallery = Gallery(tmp_path, Manifest("model", "fingerprint", vectors.shape[1], structure=record))
     ids = 1000 + np.arange(count)
     gallery.__dict__["snapshot"] = Snapshot(1, None, ids, ids, flags, flags, vectors)  # type: ignore[arg-type]
     return open_engine(gallery, device=None if device is None else torch.device(device))
@@ -416,9 +428,10 @@ def test_a_large_gallery_is_searched_on_the_gpu(tmp_path: Path, monkeypatch: pyt
     vectors = unit_vectors(np.random.default_rng(12), 5000, 256).astype(np.float16)
     assert isinstance(opened(vectors, tmp_path, "cuda"), ExactIndex)
     monkeypatch.setattr("index.engine.EXACT_NUMBERS", 1000 * 256)
-    index = opened(vectors, tmp_path, "cuda")
-    assert isinstance(index, ExactGpuIndex)
-    assert_exact(index, vectors, vectors[:5].astype(np.float32), 10)
+    for structured in (False, True):
+        index = opened(vectors, tmp_path, "cuda", structured)
+        assert isinstance(index, ExactGpuIndex)
+        assert_exact(index, vectors, vectors[:5].astype(np.float32), 10)
 
 
 @on_gpu
