@@ -1,47 +1,136 @@
-"""Time of a search on the embedded gallery.
+"""Time of a search through all of `cots search`, part by part, and beside FAISS alone.
 
-Cold: a new process that loads everything. Warm: encode + search + fetch in one process.
+    python benchmarks/search_latency.py [--gallery DIR] [--cold 5] [--warm 200] [--where "source = 'source 7'"]
 
-python benchmarks/search_latency.py [--cold 5] [--warm 200]
+Cold: a new process that loads everything. Opening: gallery, snapshot and engine in a fresh process that has imported
+what it needs, and the memory that this takes. Warm: one process, one query after the other; "FAISS alone" is the
+structure's own search of the same vectors with the same effort, and what is ours is all but that and encoding.
+`search_gallery.py` makes a gallery of a million rows.
 """
 
 import argparse
+import json
+import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 import cots
 from cots.embedded import EMBEDDED_GALLERY
+from index.search import Searcher
 
-QUERIES = ("a dog on the beach", "a red car", "children playing", "a birthday cake", "snow on a mountain")
+QUERIES = (
+    "a dog on the beach", "a red car", "children playing", "a birthday cake", "snow on a mountain",
+    "two men playing football", "a woman with a camera", "a boy jumps into water", "people in a crowded street",
+    "a climber on a rock",
+)  # fmt: skip
+OPENING = """
+import json, sys, time
+import cots, lancedb
+from cots.model.pretrained import load_model
+from index.engine import open_engine
+gallery = cots.open_gallery(sys.argv[1])
+model = load_model(gallery.manifest.model)
+def memory():
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return {name: int(lines[name].split()[0]) // 1024 for name in ("RssAnon", "RssFile")}
+before, started = memory(), time.perf_counter()
+gallery = cots.open_gallery(sys.argv[1])
+snapshot = gallery.snapshot
+mapped = time.perf_counter()
+engine = open_engine(gallery, model)
+opened = time.perf_counter()
+gallery.search("a dog on the beach", model=model)
+after = memory()
+taken = {f"{name} MB": after[name] - before[name] for name in after}
+seconds = {"snapshot s": mapped - started, "engine s": opened - mapped, "first search s": time.perf_counter() - opened}
+print(json.dumps(seconds | taken))
+"""
 
 
-def cold() -> float:
+def cold(gallery: str) -> float:
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "cots.cli", "search", QUERIES[0], "--json"], check=True, capture_output=True)
+    command = [sys.executable, "-m", "cots.cli", "search", QUERIES[0], "--json", "--gallery", gallery]
+    subprocess.run(command, check=True, capture_output=True)
     return time.perf_counter() - started
+
+
+def opening(gallery: str) -> dict[str, float]:
+    done = subprocess.run([sys.executable, "-c", OPENING, gallery], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def alone(searcher: Searcher, query: np.ndarray) -> float:
+    """Milliseconds that the structure itself takes for a query (D,), or exact search if that answers."""
+    index: Any = searcher.index
+    structure = getattr(index, "_structure", None)
+    if structure is None:
+        started = time.perf_counter()
+        index.search(query[None], 20)
+    else:
+        import faiss
+
+        effort = index.effort
+        if index.kind == "hnsw":
+            parameters = faiss.SearchParametersHNSW(efSearch=max(effort.breadth, 40))
+        else:
+            parameters = faiss.SearchParametersIVF(nprobe=effort.breadth)
+        started = time.perf_counter()
+        structure.search(query[None], 20 * effort.proposals, params=parameters)
+    return 1000 * (time.perf_counter() - started)
+
+
+def warm(searcher: Searcher, count: int, **asked: Any) -> dict[str, np.ndarray]:
+    """Milliseconds (count,) of each part, of all, of FAISS alone, and of what is ours."""
+    parts: dict[str, list[float]] = {name: [] for name in ("encode", "search", "fetch", "total", "FAISS alone")}
+    searcher.search(QUERIES[0], **asked)
+    vectors = searcher.model.encode_texts(QUERIES).numpy()
+    for number in range(count):
+        started = time.perf_counter()
+        took = searcher.search(QUERIES[number % len(QUERIES)], **asked).took_ms
+        parts["total"].append(1000 * (time.perf_counter() - started))
+        for name in ("encode", "search", "fetch"):
+            parts[name].append(took[name])
+        parts["FAISS alone"].append(alone(searcher, vectors[number % len(QUERIES)]))
+    figures = {name: np.array(values) for name, values in parts.items()}
+    return figures | {"ours": figures["total"] - figures["encode"] - figures["FAISS alone"]}
+
+
+def report(name: str, figures: dict[str, np.ndarray]) -> None:
+    """p50 and p99 of each part on a line."""
+    line = ", ".join(f"{part} {np.median(took):.2f} / {np.percentile(took, 99):.2f}" for part, took in figures.items())
+    print(f"{name}: {line}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gallery", default=str(EMBEDDED_GALLERY))
     parser.add_argument("--cold", type=int, default=5)
     parser.add_argument("--warm", type=int, default=200)
+    parser.add_argument("--where", default="kind = 'image'")
     arguments = parser.parse_args()
-    seconds = [cold() for _ in range(arguments.cold)]
-    spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
-    print(f"cold: median {statistics.median(seconds):.2f} s ({spread}) over {len(seconds)} processes")
-    gallery = cots.open_gallery(EMBEDDED_GALLERY)
+    if arguments.cold:
+        seconds = [cold(arguments.gallery) for _ in range(arguments.cold)]
+        spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
+        print(f"cold: median {statistics.median(seconds):.2f} s ({spread}) over {len(seconds)} processes")
+        opened = opening(arguments.gallery)
+        print("opening: " + ", ".join(f"{name} {value:.2f}" for name, value in opened.items()))
+    gallery = cots.open_gallery(Path(arguments.gallery))
     gallery.search(QUERIES[0])
-    parts: dict[str, list[float]] = {"encode": [], "search": [], "fetch": []}
-    for number in range(arguments.warm):
-        took = gallery.search(QUERIES[number % len(QUERIES)], k=10).took_ms
-        for name, values in parts.items():
-            values.append(took[name])
-    totals = [sum(values) for values in zip(*parts.values())]
-    middle = ", ".join(f"{name} {statistics.median(values):.2f}" for name, values in parts.items())
-    p99 = statistics.quantiles(totals, n=100)[98]
-    print(f"warm: median {statistics.median(totals):.1f} ms, p99 {p99:.1f} ms ({middle})")
+    searcher = gallery._searcher
+    assert searcher is not None
+    print(f"{len(gallery.snapshot):,} rows, engine {searcher.index.kind}; milliseconds, p50 / p99")
+    report("vector", warm(searcher, arguments.warm))
+    report("--kind video", warm(searcher, arguments.warm, kind="video"))
+    report(f"--where {arguments.where!r}", warm(searcher, arguments.warm, where=arguments.where))
+    report("--mode text", warm(searcher, arguments.warm, mode="text"))
+    report("--mode hybrid", warm(searcher, arguments.warm, mode="hybrid"))
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024:,} MB")
 
 
 if __name__ == "__main__":
