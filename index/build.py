@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 
-from cots.data.samples import Sample, iter_samples
-from cots.embed import Embedded, Progress, embed
+from cots.data.samples import Sample
+from cots.embed import Embedded, Progress, cores, embed
 from cots.errors import GalleryError, MediaError
 from index.compaction import tidy
 from index.crew import Recipe, embed_with
 from index.engine import check_engine, engine_facts, renew_engine
 from index.gallery import Gallery, create_gallery, open_gallery, writing
 from index.known import Change, KnownItems
+from index.listing import list_samples
 from index.workers import ProcessCrew
 from index.writer import TableWriter
 
@@ -108,7 +109,8 @@ def build(
         report.failed.append(error)
         on_error(error)
 
-    stream = iter_samples(sources, on_error=failed)
+    alone = workers is None and cluster is None
+    stream = list_samples(sources, failed, processes=1 if alone else cores())
     first = list(islice(stream, 1))  # a source that cannot be used says so here, before a gallery is made
     with writing(gallery_dir) as directory:
         gallery = create_gallery(directory, model)

@@ -20,6 +20,7 @@ import torch
 from cots.embed import cores
 from cots.errors import CotsError
 from index.crew import Death, Outcomes, Recipe, Task, work
+from index.interrupts import interrupts_blocked
 
 CPU_WINDOW = 128
 GPU_WINDOW = 4096
@@ -50,12 +51,8 @@ class ProcessCrew:
     def replace(self, worker: int) -> None:
         ours, theirs = self._spawning.Pipe()
         process = self._spawning.Process(target=_serve, args=(theirs, self._recipes[worker]), daemon=True)
-        # Ctrl-C is for the coordinating process, which ends the workers; they inherit that it is blocked.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with interrupts_blocked():
             process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self._processes[ours] = (worker, process)
         self._connections[worker] = ours

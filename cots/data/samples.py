@@ -11,8 +11,9 @@ import glob
 import io
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -81,22 +82,30 @@ def iter_samples(sources: Sequence[str | Path], on_error: OnError) -> Iterator[S
         SourceError: at once, when a source does not exist or a folder holds no media; during iteration, when a table
             lacks its path column, or a shard given by name cannot be opened or holds no media.
     """
-    parts = [part for source in sources for part in _resolve(str(source), on_error)]
-    return _each_once(parts, on_error)
+    found = entries(sources, on_error)
+    return each_once(sample for entry in found for sample in samples_of(entry, on_error))
 
 
-def _each_once(parts: list[Iterator["_Entry"]], on_error: OnError) -> Iterator[Sample]:
+def entries(sources: Sequence[str | Path], on_error: OnError) -> Iterator["Entry"]:
+    """The files that some sources stand for: `iter_samples` in two steps, of which the second can be shared out.
+
+    Raises:
+        SourceError: at once, as `iter_samples`.
+    """
+    return chain.from_iterable([part for source in sources for part in _resolve(str(source), on_error)])
+
+
+def each_once(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """The first sample of each path."""
     seen: set[str] = set()
-    for part in parts:
-        for entry in part:
-            for sample in _samples_of(entry, on_error):
-                if sample.path not in seen:
-                    seen.add(sample.path)
-                    yield sample
+    for sample in samples:
+        if sample.path not in seen:
+            seen.add(sample.path)
+            yield sample
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """A file of any accepted form. `named`: the user gave its very name, not a folder or a glob."""
 
     path: str
@@ -104,13 +113,13 @@ class _Entry:
     named: bool
 
 
-def _resolve(source: str, on_error: OnError) -> list[Iterator[_Entry]]:
+def _resolve(source: str, on_error: OnError) -> list[Iterator[Entry]]:
     """Check that a source exists and give the entries that it stands for."""
     path = os.path.abspath(os.path.expanduser(source))
     if os.path.isdir(path):
         return [_walk_checked(path, source, on_error)]
     if os.path.lexists(path):
-        return [iter([_Entry(path, os.path.basename(os.path.dirname(path)), named=True)])]
+        return [iter([Entry(path, os.path.basename(os.path.dirname(path)), named=True)])]
     if glob.has_magic(source):
         matches = sorted(glob.glob(os.path.expanduser(source), recursive=True))
         if not matches:
@@ -126,17 +135,17 @@ def _resolve(source: str, on_error: OnError) -> list[Iterator[_Entry]]:
     raise SourceError(f"there is no file or folder {source}")
 
 
-def _matched(match: str, on_error: OnError) -> list[Iterator[_Entry]]:
+def _matched(match: str, on_error: OnError) -> list[Iterator[Entry]]:
     """What a glob matched: files of the accepted forms and folders; other files are not meant."""
     path = os.path.abspath(match)
     if os.path.isdir(path):
         return [_walk(path, _label(path), on_error)]
     if not _is_candidate(path):
         return []
-    return [iter([_Entry(path, os.path.basename(os.path.dirname(path)), named=False)])]
+    return [iter([Entry(path, os.path.basename(os.path.dirname(path)), named=False)])]
 
 
-def _walk_checked(folder: str, source: str, on_error: OnError) -> Iterator[_Entry]:
+def _walk_checked(folder: str, source: str, on_error: OnError) -> Iterator[Entry]:
     if not os.access(folder, os.R_OK | os.X_OK):
         raise SourceError(f"cannot read the folder {source}; check its permissions")
     if next(_walk(folder, "", lambda error: None), None) is None:
@@ -148,7 +157,7 @@ def _label(folder: str) -> str:
     return os.path.basename(folder) or folder
 
 
-def _walk(folder: str, label: str, on_error: OnError) -> Iterator[_Entry]:
+def _walk(folder: str, label: str, on_error: OnError) -> Iterator[Entry]:
     """A folder's media and shards, its own before its folders'; links are followed, no folder is entered twice."""
     visited: set[tuple[int, int]] = set()
     pending = [folder]
@@ -167,7 +176,7 @@ def _walk(folder: str, label: str, on_error: OnError) -> Iterator[_Entry]:
         folders = {path for path in paths if os.path.isdir(path)}
         for path in paths:
             if path not in folders and _is_candidate(path) and _extension(path) not in TABLE_EXTENSIONS:
-                yield _Entry(path, label, named=False)
+                yield Entry(path, label, named=False)
         pending += sorted(folders, reverse=True)
 
 
@@ -180,7 +189,8 @@ def _is_candidate(path: str) -> bool:
     return extension in MEDIA_EXTENSIONS or extension in TABLE_EXTENSIONS or extension == "tar"
 
 
-def _samples_of(entry: _Entry, on_error: OnError) -> Iterator[Sample]:
+def samples_of(entry: Entry, on_error: OnError) -> Iterator[Sample]:
+    """The samples of one file; raises during iteration, as `iter_samples`."""
     extension = _extension(entry.path)
     if extension == "tar":
         yield from _from_shard(entry, on_error)
@@ -227,7 +237,7 @@ def _not_media(header: bytes) -> str:
     return "not an image or a video, whatever its name says" if header else "the file is empty (0 bytes)"
 
 
-def _from_shard(entry: _Entry, on_error: OnError) -> Iterator[Sample]:
+def _from_shard(entry: Entry, on_error: OnError) -> Iterator[Sample]:
     try:
         members, damage = scan_tar(entry.path)
     except SourceError as error:

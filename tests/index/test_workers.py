@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from gallery_media import write_picture
 
-import index.build
 from cots.data.samples import Sample, iter_samples
 from cots.embed import Progress
 from cots.errors import CotsError, MediaError, SourceError
@@ -27,6 +26,7 @@ from index.check import check
 from index.crew import Outcomes, Recipe, embed_with
 from index.gallery import open_gallery
 from index.ledger import DEATHS_IN_A_ROW, Ledger
+from index.listing import list_samples
 from index.workers import ProcessCrew
 
 
@@ -40,7 +40,7 @@ class Deadly(Sample):
 
 
 def deadly_samples(*arguments: Any, **named: Any) -> Iterator[Sample]:
-    for sample in iter_samples(*arguments, **named):
+    for sample in list_samples(*arguments, **named):
         yield Deadly(**{field.name: getattr(sample, field.name) for field in fields(sample)})
 
 
@@ -108,7 +108,7 @@ def test_a_file_that_crashes_its_decoder_is_named_and_the_rest_is_there(
     photos: Path, tmp_path: Path, tiny_model: RetrievalModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_picture(photos / "05-deadly.png", 1000)
-    monkeypatch.setattr(index.build, "iter_samples", deadly_samples)
+    monkeypatch.setattr("index.build.list_samples", deadly_samples)
     told: list[MediaError] = []
     report = build([photos], tmp_path / "gallery", tiny_model, workers=1, on_error=told.append)
     assert [Path(error.path).name for error in report.failed] == ["05-deadly.png"]
