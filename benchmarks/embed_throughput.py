@@ -190,6 +190,16 @@ def gpu_jpeg_sides(samples: list[Sample], model: RetrievalModel) -> dict[str, fl
     return rates
 
 
+def where_time_goes(samples: list[Sample], model: RetrievalModel, batch: int) -> dict[str, float]:
+    """Of a run of `embed`: threads at work on each kind, on average; all of them at work means that it is the brake."""
+    stopwatch = Stopwatch()
+    started = time.perf_counter()
+    for _ in embed(samples, model, on_error=print, batch_size=batch, stopwatch=stopwatch):
+        pass
+    seconds = time.perf_counter() - started
+    return {f"threads {kind}": spent / seconds for kind, spent in stopwatch.seconds.items()}
+
+
 def parity(name: str, samples: list[Sample], model: RetrievalModel) -> dict[str, float]:
     """Cosines of `embed`'s vectors with those of Pillow and the encoder as trained, in float32."""
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -230,10 +240,10 @@ def video_sides(model: RetrievalModel, batches: list[int]) -> dict[str, Side]:
     return sides
 
 
-def measure(sides: dict[str, Side], samples: list[Sample], rounds: int) -> list[dict[str, Any]]:
+def measure(sides: dict[str, Side], samples: list[Sample], rounds: int, warm_up: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{"side": name, "rates": [], "cores": []} for name in sides]
     for run in sides.values():
-        run(samples[: max(2 * PLAIN_BATCH, len(samples) // 20)])
+        run(samples[:warm_up])
     for _ in range(rounds):
         for row, run in zip(rows, sides.values()):
             used, started = time.process_time(), time.perf_counter()
@@ -281,14 +291,15 @@ def main() -> None:
         samples = list(islice(iter_samples(sources, print), most))
         listing = len(samples) / (time.perf_counter() - started)
         batches = arguments.batches or [GPU_BATCH if on_gpu else CPU_BATCH]
+        warm_up = 2000 if on_gpu else 2 * CPU_BATCH
         facts: dict[str, Any] = {"files listed a second": listing}
         if arguments.videos:
-            rows = measure(video_sides(model, batches), samples, arguments.rounds)
+            rows = measure(video_sides(model, batches), samples, arguments.rounds, warm_up)
             facts |= video_stages(samples, model)
         else:
-            rows = measure(photo_sides(name, model, batches), samples, arguments.rounds)
+            rows = measure(photo_sides(name, model, batches), samples, arguments.rounds, warm_up)
             if on_gpu:
-                facts |= gpu_jpeg_sides(samples, model)
+                facts |= gpu_jpeg_sides(samples, model) | where_time_goes(samples, model, batches[0])
             if isinstance(model, CotsModel):
                 facts |= parity(name, samples, model)
     device = torch.cuda.get_device_name(model.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"

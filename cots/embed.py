@@ -271,7 +271,7 @@ class _Encoder:
 
     def encode(self, decoded: Iterable[Decoded]) -> Iterator[tuple[Decoded, np.ndarray]]:
         """Each sample with the vectors of its pictures, (F, D) float32, in order."""
-        waiting: deque[Decoded] = deque()
+        waiting: deque[tuple[Decoded, int]] = deque()
         parts: list[Tensor] = []
         queued = 0
         batches: deque[Future[np.ndarray]] = deque()
@@ -280,19 +280,19 @@ class _Encoder:
         def settle() -> Iterator[tuple[Decoded, np.ndarray]]:
             nonlocal vectors
             vectors = np.concatenate([vectors, batches.popleft().result()])
-            start = 0
-            while waiting and len(waiting[0].pixels) <= len(vectors) - start:
-                ready = waiting.popleft()
-                stop = start + len(ready.pixels)
-                yield ready, vectors[start:stop]
-                start = stop
+            start, stop = 0, len(vectors)
+            while waiting and waiting[0][1] <= stop - start:
+                ready, count = waiting.popleft()
+                yield ready, vectors[start : start + count]
+                start += count
             vectors = vectors[start:]
 
         with single_core_threads(self._threads, "encode") as pool:
             for sample in decoded:
-                waiting.append(sample)
+                count = sample.pixels.shape[0]
+                waiting.append((sample, count))
                 parts.append(sample.pixels)
-                queued += len(sample.pixels)
+                queued += count
                 while queued >= self._batch_size:
                     batch, parts = _split(parts, self._batch_size)
                     queued -= self._batch_size

@@ -17,6 +17,7 @@ from cots.data.samples import Sample, iter_samples
 from cots.data.video_io import read_frames
 from cots.embed import Embedded, Progress, content_hash, embed, write_parquet
 from cots.errors import MediaError, ModelError, SourceError
+from cots.model.pretrained import load_model
 from cots.model.retrieval_model import RetrievalModel
 from cots.stopwatch import Stopwatch
 
@@ -254,6 +255,25 @@ def test_a_gpu_without_memory_for_one_picture_says_so(
     monkeypatch.setattr(tiny_model, "encode_images", full)
     with pytest.raises(ModelError, match="no memory for a single picture"):
         list(embed(mixed, tiny_model, on_error=no_error))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_a_gpu_gives_the_cpus_vectors(
+    mixed: list[Sample], tiny_model: RetrievalModel, tiny_model_dir: Path, tmp_path: Path, batch_size: int
+) -> None:
+    """JPEGs by the GPU's decoder between pictures and videos by the CPU's."""
+    folder = tmp_path / "mixed"
+    for place, path in enumerate(sorted(folder.glob("*.png"))):
+        exif = Image.Exif()
+        exif[0x0112] = place % 8 + 1
+        Image.open(path).resize((280, 200), Image.Resampling.BICUBIC).save(folder / f"{place}.jpg", exif=exif)
+    samples = list(iter_samples([folder], on_error=no_error))
+    model = load_model(str(tiny_model_dir), device="cuda")
+    results = list(embed(samples, model, on_error=no_error, batch_size=batch_size))
+    assert [result.sample for result in results] == samples
+    for result, expected in zip(results, one_by_one(samples, tiny_model), strict=True):
+        assert result.vectors[0] @ expected >= 0.999
 
 
 def test_so_many_frames_of_each_video_and_the_seconds_that_the_work_took(
