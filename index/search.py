@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ NEGATIVE_WEIGHT = 0.5
 KINDS = ("image", "video")
 MODES = ("vector", "text", "hybrid")
 FUSED = 100  # items of each ranking that are fused, at least
+CONDITIONS = 4  # whose rows are kept for the next query, as long as nobody writes
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class Searcher:
         self.snapshot = gallery.snapshot
         self.index = open_engine(gallery, model)
         self._sentences = single_core_threads(1, "sentences")
+        self._matching = lru_cache(CONDITIONS)(self._matching_rows)
 
     def search(
         self,
@@ -190,12 +193,16 @@ class Searcher:
                 raise GalleryError(f"There is no kind {kind!r}; ask for image or video.")
             allowed &= self.snapshot.videos == (kind == "video")
         if where is not None:
-            matching = np.zeros(len(self.snapshot), bool)
-            matching[self.snapshot.positions(self.gallery.ids(where))] = True
-            allowed &= matching
+            allowed &= self._matching(where, self.gallery.version)
         if like is not None:
             allowed[self.snapshot.rows_of(self.gallery.row(like)["item"])] = False
         return allowed
+
+    def _matching_rows(self, where: str, version: int) -> np.ndarray:
+        """(N,) bool, for which rows a condition holds as of a version of the table."""
+        matching = np.zeros(len(self.snapshot), bool)
+        matching[self.snapshot.positions(self.gallery.ids(where))] = True
+        return matching
 
     def _best_items(self, query: np.ndarray, k: int, allowed: np.ndarray | None) -> list[tuple[int, float]]:
         """The k best items, each with its best row's score. Rows are fetched until they hold k items or run out."""

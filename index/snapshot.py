@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from index.checksum import checksum, scratch_name
 
 FOLDER = "search"
+SPARSE = 8  # ids that were given out for each that is in use, from which on positions are searched and not looked up
 COLUMNS = (
     "id", "item", "kind", "moment", "path", "source", "caption", "licence",
     "start", "end", "frame_time", "width", "height", "duration", "vector",
@@ -72,6 +73,15 @@ class Snapshot:
     def _by_id(self) -> np.ndarray:
         return np.argsort(self.ids)
 
+    @cached_property
+    def _places(self) -> np.ndarray | None:
+        """(greatest id + 1,) the position of each id, -1 for an id that no row has; None if that takes much memory."""
+        if not len(self) or self.ids.max() >= SPARSE * len(self):
+            return None
+        places = np.full(self.ids.max() + 1, -1)
+        places[self.ids] = np.arange(len(self))
+        return places
+
     def positions(self, ids: np.ndarray) -> np.ndarray:
         """(M,) ids -> the positions of those that the snapshot holds, in the order of `ids`."""
         found = self.find(ids)
@@ -81,6 +91,9 @@ class Snapshot:
         """(M,) ids -> their positions (M,), -1 for an id that the snapshot does not hold."""
         if not len(self):
             return np.full(len(ids), -1)
+        if self._places is not None:
+            known = (ids >= 0) & (ids < len(self._places))
+            return np.where(known, self._places[np.where(known, ids, 0)], -1)
         found = np.searchsorted(self.ids, ids, sorter=self._by_id)
         found = self._by_id[np.minimum(found, len(self) - 1)]
         return np.where(self.ids[found] == ids, found, -1)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from cots.errors import GalleryError
 from cots.model.retrieval_model import RetrievalModel
-from index.gallery import Gallery
+from index.gallery import Gallery, open_gallery
 from index.search import NEGATIVE_WEIGHT, Searcher, SearchResult
 
 JSON_HIT = {"rank", "score", "path", "kind", "caption", "start", "end"}
@@ -76,6 +76,16 @@ def test_filters_are_exact(
     for k in (1, 4, 50):
         result = searcher.search("a dog runs", where=where, kind=kind, k=k)
         assert_same(result, brute_force(searcher.gallery, text_vector(searcher.model, "a dog runs"), k, allow))
+
+
+def test_a_condition_that_was_asked_before_sees_what_was_removed_since(searcher: Searcher) -> None:
+    condition = "kind = 'image'"
+    before = {hit.path for hit in searcher.search("a red truck", where=condition, k=100).hits}
+    assert before == {hit.path for hit in searcher.search("a dog", where=condition, k=100).hits}
+    gone = searcher.search("a red truck", where=condition, k=1).hits[0]
+    open_gallery(searcher.gallery.directory).remove_items([searcher.gallery.row(gone.id)["item"]])
+    after = {hit.path for hit in searcher.search("a red truck", where=condition, k=100).hits}
+    assert after == before - {gone.path}
 
 
 def test_a_picture_finds_itself(searcher: Searcher, photos: Path) -> None:
