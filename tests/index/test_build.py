@@ -256,6 +256,15 @@ def test_a_source_that_cannot_be_used_leaves_no_gallery(tmp_path: Path, tiny_mod
         assert not (tmp_path / "gallery").exists()
 
 
+def test_an_object_store_is_refused_before_anything_is_made(
+    photos: Path, tmp_path: Path, tiny_model: RetrievalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(GalleryError, match=r"s3://bucket/gallery is the address of an object store"):
+        build([photos], "s3://bucket/gallery", tiny_model)
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
 def test_many_small_builds_are_merged(gallery: Gallery, photos: Path, tiny_model: RetrievalModel) -> None:
     for seed in range(18):
         write_picture(photos / f"new{seed}.png", 200 + seed)
