@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gallery_media import write_picture
 
 from cots.data.samples import Sample, iter_samples
-from cots.embed import Progress
+from cots.embed import Progress, embed
 from cots.errors import CotsError, MediaError, SourceError
+from cots.model.pretrained import load_model
 from cots.model.retrieval_model import RetrievalModel
 from cots.moments import Moment
 from index.build import build
@@ -80,6 +82,19 @@ def test_two_workers_build_what_one_process_builds(photos: Path, tmp_path: Path,
     assert (again.added, again.updated) == (1, 1)
     build([photos], tmp_path / "alone", tiny_model)
     assert_same_table(tmp_path / "gallery", tmp_path / "alone")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_workers_on_gpus_embed_what_one_process_embeds(photos: Path, tiny_model_dir: Path) -> None:
+    model = load_model(str(tiny_model_dir), device="cuda")
+    samples = list(iter_samples([photos], on_error=print))
+    recipe = Recipe(str(tiny_model_dir), model.fingerprint, str(model.device), None, None)
+    found = {
+        result.sample.path: result.vectors for result in embed_with(ProcessCrew(2, recipe), samples, on_error=print)
+    }
+    assert len(found) == len(samples)
+    for expected in embed(samples, model, on_error=print):
+        np.testing.assert_allclose(found[expected.sample.path], expected.vectors, atol=5e-3)
 
 
 def test_the_work_of_a_killed_worker_is_redone_and_nothing_is_doubled(
