@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 COLUMN = "caption"
 UNINDEXED_SHARE = 0.1
-RRF_CONSTANT = 60.0
+# The usual 60 is for lists of thousands. Of 1,000 photographs of Flickr8k's validation split, each with one of its
+# captions, 400 other captions find theirs among the first 10 (of 100 fused) in 81.8 % with 60, 86.5 with 20, 88.8 with 5
+# and 86.2 with 1; with four captions each in 91.2, 93.2, 94.2, 93.2 %. Vectors alone: 79.8 %, words alone: 61.8 and 86.2 %.
+RRF_CONSTANT = 5.0
 
 
 def index_captions(gallery: "Gallery") -> None:
@@ -74,7 +77,7 @@ def find_captions(gallery: "Gallery", text: str, limit: int) -> tuple[np.ndarray
 
 
 def fuse(rankings: Sequence[Sequence[int]]) -> list[tuple[int, float]]:
-    """Reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009): the sum over rankings of 1 / (60 + rank).
+    """Reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009): the sum over rankings of 1 / (5 + rank).
 
     Args:
         rankings: items, best first, each at most once a ranking.

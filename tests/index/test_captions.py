@@ -86,7 +86,7 @@ def test_a_hybrid_search_fuses_both_rankings(searcher: Searcher) -> None:
 
 
 def test_fusion_by_hand() -> None:
-    assert fuse([[7, 8], [8, 9]]) == [(8, 1 / 62 + 1 / 61), (7, 1 / 61), (9, 1 / 62)]
+    assert fuse([[7, 8], [8, 9]]) == [(8, 1 / 7 + 1 / 6), (7, 1 / 6), (9, 1 / 7)]
     assert fuse([[], []]) == []
 
 
