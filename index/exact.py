@@ -142,7 +142,7 @@ def _best_of_part(
         for start in range(first, behind, BLOCK):
             stop = min(start + BLOCK, behind)
             part = block[: stop - start]
-            part.copy_(vectors[start:stop] if rows is None else vectors[rows[start:stop]])
+            part.copy_(vectors[start:stop] if rows is None else _gather(vectors, rows[start:stop]))
             scores = queries @ part.T
             asked, places = torch.nonzero(scores > (_bound(scores, k) if least is None else least), as_tuple=True)
             waiting.append((asked, places + start, scores[asked, places]))
@@ -154,6 +154,14 @@ def _best_of_part(
     if rows is not None:
         best_places = np.where(best_places < 0, -1, rows.numpy()[best_places])
     return best_scores, best_places
+
+
+def _gather(vectors: Tensor, rows: Tensor) -> Tensor:
+    """Some rows (M,), ascending, of the vectors; without a copy if they follow one another, as a video's moments do."""
+    first, last = int(rows[0]), int(rows[-1])
+    if last - first + 1 == len(rows):
+        return vectors[first : last + 1]
+    return torch.index_select(vectors, 0, rows)
 
 
 def _block(dimension: int) -> Tensor:
