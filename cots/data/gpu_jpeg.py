@@ -77,10 +77,10 @@ def gpu_jpeg_decoder(square: SquareTransform, device: torch.device) -> GpuJpegDe
     if device.type != "cuda" or square.interpolation not in ("bicubic", "bilinear"):
         return None
     sample = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(sample, "JPEG")
+    Image.new("RGB", (64, 64)).save(sample, "JPEG")
     decoder = GpuJpegDecoder(square, device)
     try:
-        found = decoder.decode([(sample.getvalue(), BaselineJpeg(16, 16, 1))])
+        found = decoder.decode([(sample.getvalue(), BaselineJpeg(64, 64, 1))])
     except ImportError:  # torchvision has announced that its decoders will go
         return None
     return None if found[0] is None else decoder
