@@ -53,7 +53,7 @@ def test_values_are_pillows(
     picture = photo_like(width, height, seed)
     difference = resize_batch(stored(picture), square, orientation)[0].int() - by_pillow(picture, square, orientation)
     assert difference.abs().max() <= 2  # two roundings, each of which may fall to the other side
-    assert difference.float().abs().mean() < 0.25  # a scale of exactly 2 makes many halves, which Pillow rounds up
+    assert (difference != 0).float().mean() < 0.05
 
 
 def test_a_batch_is_its_pictures_one_by_one() -> None:
