@@ -54,7 +54,7 @@ class Snapshot:
     @classmethod
     def of(cls, rows: pa.Table, version: int) -> "Snapshot":
         """Lay out a table that has the columns `COLUMNS` and is sorted by (item, id)."""
-        vectors = rows["vector"].combine_chunks()
+        vectors = _whole(rows["vector"])
         return cls(
             version=version,
             rows=rows,
@@ -67,7 +67,7 @@ class Snapshot:
 
     @cached_property
     def _columns(self) -> dict[str, pa.Array]:
-        return {name: self.rows[name].combine_chunks() for name in COLUMNS if name != "vector"}
+        return {name: _whole(self.rows[name]) for name in COLUMNS if name != "vector"}
 
     @cached_property
     def _by_id(self) -> np.ndarray:
@@ -152,7 +152,12 @@ def _map(path: Path) -> pa.Buffer:
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:
     """A column of numbers without a copy. (Arrow imports pandas, if installed, for `to_numpy` and `equal`.)"""
-    return np.from_dlpack(column.combine_chunks())
+    return np.from_dlpack(_whole(column))
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    """A column in one piece, as a snapshot is written; `combine_chunks` would copy even that out of the file."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _flags(column: pa.ChunkedArray) -> np.ndarray:

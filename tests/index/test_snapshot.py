@@ -1,10 +1,12 @@
 """Rows are found by id, whether ids are few or were given out by the million."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from index.snapshot import COLUMNS, Snapshot
+from index.snapshot import COLUMNS, Snapshot, load_snapshot
 
 
 def snapshot_of(ids: np.ndarray) -> Snapshot:
@@ -34,3 +36,16 @@ def test_ids_are_found_where_they_stand(count: int, most: int) -> None:
 
 def test_an_empty_snapshot_holds_no_id() -> None:
     assert snapshot_of(np.empty(0, np.int64)).find(np.array([0, 5])).tolist() == [-1, -1]
+
+
+def test_a_snapshot_is_used_where_it_is_mapped(tmp_path: Path) -> None:
+    rows = snapshot_of(np.arange(1000)).rows
+    read = load_snapshot(tmp_path, 1, lambda: (rows, 1))
+    assert read.ids.tolist() == list(range(1000))
+    mapped = load_snapshot(tmp_path, 1, lambda: pytest.fail("the snapshot was not used"))
+    before = pa.total_allocated_bytes()
+    assert mapped.row(7)["id"] == 7
+    assert mapped.vectors.shape == (1000, 4)
+    assert pa.total_allocated_bytes() == before
+    for column in (mapped.ids, mapped.items, mapped.vectors):
+        assert not column.flags.writeable
