@@ -175,8 +175,9 @@ def row(name: str, size: int, scratch: Path, seconds: float) -> list[dict[str, A
 
         setting = min(candidates, key=latency) if candidates[1:] else candidates[0]
         rows.append(shared | {"target": target} | measure(engine, setting, data, seconds))
-    memory = {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "own_mb": own_memory()}
-    if name.endswith("gpu") or "gpu" in name:
+    memory: dict[str, Any] = {"load": round(os.getloadavg()[0], 1)}
+    memory |= {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "own_mb": own_memory()}
+    if "gpu" in name:
         memory["device_mb"] = device_memory()
     return [each | memory for each in rows]
 

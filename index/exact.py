@@ -22,6 +22,7 @@ from cots.single_core import single_core_threads
 BLOCK = 4096
 FEW = 1024  # scores that one core computes sooner than it shares the work out
 GROUPS = 128
+MOST_QUERIES = 1024  # at once, so that their scores of a block take 16 MiB a core
 SERIAL = 32_768  # numbers that torch converts on the calling core
 _kept = threading.local()
 
@@ -80,6 +81,12 @@ def exact_search(
     k = min(k, count)
     if k == 0 or not len(queries):
         return np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+    if len(queries) > MOST_QUERIES:
+        parts = [
+            exact_search(vectors, queries[start : start + MOST_QUERIES], k, positions)
+            for start in range(0, len(queries), MOST_QUERIES)
+        ]
+        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
     if count * len(queries) <= FEW:
         scores, found = _all_scores(vectors, queries, positions)
     else:
@@ -138,12 +145,13 @@ def _best_of_part(
     least: Tensor | None = None
     waiting: list[tuple[Tensor, Tensor, Tensor]] = []
     seen, due = 0, 1
+    products = torch.empty(len(queries), BLOCK)
     with torch.inference_mode():
         for start in range(first, behind, BLOCK):
             stop = min(start + BLOCK, behind)
             part = block[: stop - start]
             part.copy_(vectors[start:stop] if rows is None else _gather(vectors, rows[start:stop]))
-            scores = queries @ part.T
+            scores = torch.mm(queries, part.T, out=products[:, : stop - start])
             asked, places = torch.nonzero(scores > (_bound(scores, k) if least is None else least), as_tuple=True)
             waiting.append((asked, places + start, scores[asked, places]))
             seen += 1

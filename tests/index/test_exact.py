@@ -84,6 +84,14 @@ def test_equal_scores_come_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.tolist() == [[first + 4 * step for step in range(5)] for first in range(4)]
 
 
+def test_more_queries_than_are_compared_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("index.exact.MOST_QUERIES", 7)
+    vectors = unit_vectors(np.random.default_rng(3), 500, 8)
+    scores, found = ExactIndex(vectors, np.arange(500)).search(vectors[:50], 2)
+    assert found[:, 0].tolist() == list(range(50))
+    assert scores.shape == (50, 2)
+
+
 def test_vectors_that_may_not_be_written_are_read_in_place_and_without_a_warning(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
