@@ -32,7 +32,7 @@ OPENING = """
 import json, sys, time
 import cots, lancedb
 from cots.model.pretrained import load_model
-from index.engine import open_engine
+from index.search import Searcher
 gallery = cots.open_gallery(sys.argv[1])
 model = load_model(gallery.manifest.model)
 def memory():
@@ -42,9 +42,9 @@ before, started = memory(), time.perf_counter()
 gallery = cots.open_gallery(sys.argv[1])
 snapshot = gallery.snapshot
 mapped = time.perf_counter()
-engine = open_engine(gallery, model)
+searcher = Searcher(gallery, model)
 opened = time.perf_counter()
-gallery.search("a dog on the beach", model=model)
+searcher.search("a dog on the beach")
 after = memory()
 taken = {f"{name} MB": after[name] - before[name] for name in after}
 seconds = {"snapshot s": mapped - started, "engine s": opened - mapped, "first search s": time.perf_counter() - opened}

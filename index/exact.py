@@ -101,7 +101,8 @@ def exact_search(
 def _sorted(scores: np.ndarray, found: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The first k of each query: the highest scores first, equal ones by position, NaN last."""
     order = np.lexsort((found, -scores))[:, :k]
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(found, order, axis=1)
+    queries = np.arange(len(scores))[:, None]
+    return scores[queries, order], found[queries, order]
 
 
 def _all_scores(

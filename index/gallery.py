@@ -10,6 +10,7 @@ permission to write.
 
 import fcntl
 import mimetypes
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -194,7 +195,7 @@ class Gallery:
 
     def absolute_path(self, stored: str) -> str:
         """Where a file that the table names lies."""
-        return str(self.directory / stored)
+        return os.path.join(self.directory, stored)
 
     def media(self, id: int) -> tuple[str | bytes, str]:
         """The image or video of a row: its path, or its bytes if it lies in a .tar shard; and its MIME type.

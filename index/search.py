@@ -237,6 +237,8 @@ class Searcher:
     def _hit(self, rank: int, item: int, score: float, query: np.ndarray, allowed: np.ndarray | None) -> Hit:
         """Read an item's row; of a video the best moment that the filter allows."""
         rows = self.snapshot.rows_of(item)
+        if rows.stop == rows.start + 1:
+            return Hit.of_row(self.snapshot.row(rows.start), self.gallery, rank, score)
         candidates = np.arange(rows.start, rows.stop)
         if allowed is not None:
             candidates = candidates[allowed[rows]]
