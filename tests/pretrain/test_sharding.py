@@ -79,14 +79,14 @@ def test_a_sharded_training_that_was_killed_goes_on_as_if_it_had_not_been(make_c
     whole = make_config("whole", objective=OBJECTIVE, training=training)
     stopped = make_config("stopped", objective=OBJECTIVE, training=training)
     _train(whole)
-    process = subprocess.Popen(
-        _command(stopped), cwd=ROOT, env=_environment(), stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    process = subprocess.Popen(_command(stopped), cwd=ROOT, env=_environment(), stderr=subprocess.DEVNULL)
     checkpoints = Path(stopped.training.output) / "checkpoints"
     while not list(checkpoints.glob("step-*.pt")):
         assert process.poll() is None
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+    for pid in (process.pid, *map(int, ranks.split())):  # a launcher that is killed leaves its ranks behind
+        os.kill(pid, signal.SIGKILL)
     process.wait()
     _train(stopped, "training.resume=true")
     steps = [{row["step"]: row["loss"] for row in _rows(Path(c.training.output))} for c in (whole, stopped)]
