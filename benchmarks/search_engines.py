@@ -135,7 +135,7 @@ class Lance(Engine):
 
         dimension = vectors.shape[1]
         schema = pa.schema([pa.field("id", pa.int64()), pa.field("vector", pa.list_(pa.float32(), dimension))])
-        self._table = lancedb.connect(str(scratch)).create_table("vectors", schema=schema)
+        self._table = lancedb.connect(str(scratch)).create_table("vectors", schema=schema, mode="overwrite")
         for start in range(0, len(vectors), CHUNK):
             block = vectors[start : start + CHUNK].astype(np.float32)
             column = pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), dimension)
@@ -173,7 +173,7 @@ class Lance(Engine):
 class LanceIvfPq(Lance):
     """IVF_PQ with refining, which reads the vectors of the proposals again. Settings are (cells, proposals a hit)."""
 
-    ladders = [[(cells, refine) for cells in (1, 2, 4, 8, 16, 32, 64, 128, 256)] for refine in (4, 16)]  # noqa: RUF012
+    ladders = [[(cells, refine) for cells in (1, 2, 4, 8, 16, 32, 64, 128, 256)] for refine in (4, 16, 64)]  # noqa: RUF012
 
     def _config(self) -> Any:
         from lancedb.index import IvfPq

@@ -230,7 +230,8 @@ def test_an_empty_gallery_has_an_exact_engine(photos: Path, gallery: Gallery, ti
     ("count", "memory_gb", "expected"),
     [
         (3_870, 16, "exact"),
-        (500_000, 16, "hnsw"),
+        (250_000, 16, "hnsw"),
+        (500_000, 16, "ivf"),
         (500_000, 0.3, "ivfpq"),
         (10_000_000, 64, "ivf"),
         (10_000_000, 4, "ivfpq"),
