@@ -34,7 +34,6 @@ from search_engines import ENGINES, Engine
 
 TARGETS = (0.8, 0.9, 0.95, 0.99)
 K = 10
-BATCHES = (32, 1024)
 STEPS_OF_STALLING, LEAST_GAIN = 4, 0.001
 
 
@@ -119,7 +118,9 @@ def reaching(engine: Engine, vectors: np.ndarray, queries: np.ndarray, scores: n
     return found
 
 
-def measure(engine: Engine, setting: Any, data: dict[str, np.ndarray], seconds: float) -> dict[str, Any]:
+def measure(
+    engine: Engine, setting: Any, data: dict[str, np.ndarray], seconds: float, batches: list[int]
+) -> dict[str, Any]:
     """The figures of an engine with a setting, from the queries that did not choose it."""
     vectors, queries, scores = data["vectors"], data["queries"], data["scores"]
     held_out = queries[: len(scores)][1::2]
@@ -132,7 +133,7 @@ def measure(engine: Engine, setting: Any, data: dict[str, np.ndarray], seconds: 
         "recall": round(recall(vectors, held_out, scores[1::2], ask(held_out)), 4),
         "setting": None if setting is None else str(setting),
         **milliseconds(ask, held_out, seconds),
-        "per_second": {str(batch): per_second(ask, queries[:batch], seconds) for batch in BATCHES},
+        "per_second": {str(batch): per_second(ask, queries[:batch], seconds) for batch in batches},
     }
     own = type(engine)
     if own.search_alone is not Engine.search_alone:
@@ -145,7 +146,7 @@ def measure(engine: Engine, setting: Any, data: dict[str, np.ndarray], seconds: 
     return figures
 
 
-def row(name: str, size: int, scratch: Path, seconds: float) -> list[dict[str, Any]]:
+def row(name: str, size: int, scratch: Path, seconds: float, batches: list[int]) -> list[dict[str, Any]]:
     """Build an engine and measure it in this process."""
     vectors = np.asarray(np.load(scratch / f"vectors-{size}.npy", mmap_mode="r"))
     with np.load(scratch / f"queries-{size}.npz") as file:
@@ -174,7 +175,7 @@ def row(name: str, size: int, scratch: Path, seconds: float) -> list[dict[str, A
             return milliseconds(lambda q: engine.search(q, K, setting), chosen, seconds / 4)["p50_ms"]
 
         setting = min(candidates, key=latency) if candidates[1:] else candidates[0]
-        rows.append(shared | {"target": target} | measure(engine, setting, data, seconds))
+        rows.append(shared | {"target": target} | measure(engine, setting, data, seconds, batches))
     memory: dict[str, Any] = {"load": round(os.getloadavg()[0], 1)}
     memory |= {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "own_mb": own_memory()}
     if "gpu" in name:
@@ -247,13 +248,15 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[100_000])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["exact", "faiss-flat", "ivf", "ivfpq"])
     parser.add_argument("--queries", type=int, default=512, help="that choose settings and measure recall, half each")
+    parser.add_argument("--batches", type=int, nargs="+", default=[32, 1024], help="queries asked at once")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each timing")
     parser.add_argument("--scratch", type=Path, help="where vectors and structures lie; by default nowhere for long")
     parser.add_argument("--json", type=Path, help="results, to be added to")
     parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
-        print(json.dumps(row(arguments.row[0], int(arguments.row[1]), arguments.scratch, arguments.seconds)))
+        name, size = arguments.row
+        print(json.dumps(row(name, int(size), arguments.scratch, arguments.seconds, arguments.batches)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         scratch = arguments.scratch or Path(temporary)
@@ -271,7 +274,8 @@ def run(arguments: argparse.Namespace, scratch: Path) -> None:
         prepare(base, size, arguments.queries, scratch)
         for name in arguments.engines:
             command = [sys.executable, __file__, "--base", str(arguments.base), "--scratch", str(scratch)]
-            command += ["--seconds", str(arguments.seconds), "--row", name, str(size)]
+            command += ["--seconds", str(arguments.seconds), "--row", name, str(size), "--batches"]
+            command += [str(batch) for batch in arguments.batches]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 print(f"{name} of {size}: {(done.stderr.strip() or 'killed').splitlines()[-1]}", file=sys.stderr)
