@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from cots.data.decode_ahead import Decoded, MediaDecoder, content_hash
+from cots.data.decode_ahead import Decoded, MediaDecoder
 from cots.data.device_turns import DeviceTurns
 from cots.data.frame_sampling import EVERY_SECOND, FrameSampling
 from cots.data.gpu_jpeg import gpu_jpeg_decoder
@@ -35,17 +36,6 @@ from cots.model.retrieval_model import RetrievalModel
 from cots.moments import Moment, pool_video
 from cots.single_core import single_core_threads
 from cots.stopwatch import Stopwatch
-
-__all__ = [
-    "ENOUGH_TO_JUDGE",
-    "Embedded",
-    "Progress",
-    "content_hash",
-    "cores",
-    "embed",
-    "require_readable",
-    "write_parquet",
-]
 
 CPU_BATCH = 4
 GPU_BATCH = 64
@@ -264,6 +254,7 @@ class _Encoder:
         self._model = model
         self._batch_size = batch_size
         self._most = batch_size
+        self._halving = Lock()
         self._stopwatch = stopwatch
         # On a CPU each batch is one core's. A GPU has two threads, so that it goes from one batch to the next at once.
         self._threads = torch.get_num_threads() if model.device.type == "cpu" else GPU_ENCODERS
@@ -327,13 +318,14 @@ class _Encoder:
                 f"The GPU has no memory for a single picture of {self._model.name}; end the other programs on it, or "
                 "embed on the CPU (CUDA_VISIBLE_DEVICES= in the environment)."
             )
-        if self._most == self._batch_size:
-            log.warning(
-                "The GPU has no memory for %d pictures at once; it goes on with fewer. A smaller batch size, set from "
-                "the start, saves the tries.",
-                size,
-            )
-        self._most = min(self._most, size // 2)
+        with self._halving:  # two batches may fail at once
+            if self._most == self._batch_size:
+                log.warning(
+                    "The GPU has no memory for %d pictures at once; it goes on with fewer. A smaller batch size, set "
+                    "from the start, saves the tries.",
+                    size,
+                )
+            self._most = min(self._most, size // 2)
         torch.cuda.empty_cache()
 
 
