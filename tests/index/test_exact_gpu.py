@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exact_gpu_checks import INTERPRETED, assert_exact, filled, little_gpu_memory, on_gpu, unit_vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,17 +32,12 @@ from index.topk_passes import (
     padded_width,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+__all__ = ["little_gpu_memory"]
+
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled unless TRITON_INTERPRET=1 is set")
-on_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="there is no GPU")
 KERNELS = ("resident", "stationary", "streamed")
 STATIONARY = next(shape for shape in SWEPT if shape.kernel == "stationary")
 SHARES = st.one_of(st.none(), st.sampled_from([0.0, 0.01, 0.3, 1.0]))
-
-
-def unit_vectors(rng: np.random.Generator, count: int, dimension: int) -> np.ndarray:
-    vectors = rng.standard_normal((count, dimension)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def interpreted_passes(kernel: str, dimension: int) -> Passes:
@@ -49,32 +45,6 @@ def interpreted_passes(kernel: str, dimension: int) -> Passes:
     shape = TileShape(kernel, queries=16, tile=32, block=16, stages=2, warps=4)
     width = padded_width(dimension)
     return TritonPasses(width, 2, 2**20, few=(shape,), many=(shape,))
-
-
-def assert_exact(
-    index: ExactGpuIndex, vectors: np.ndarray, queries: np.ndarray, k: int, allowed: np.ndarray | None = None
-) -> None:
-    """The index holds `vectors`, of ids 1000, 1001, ...; scores are compared with those of float64."""
-    scores, ids = index.search(queries, k, allowed)
-    eligible = len(vectors) if allowed is None else int(allowed.sum())
-    assert scores.shape == ids.shape == (len(queries), min(k, eligible))
-    assert scores.dtype == np.float32
-    assert ids.dtype == np.int64
-    stored = torch.from_numpy(vectors.astype(np.float16)).to(index.device).double()
-    truth = torch.from_numpy(queries).to(index.device).double() @ stored.T
-    if allowed is not None:
-        truth[:, torch.from_numpy(~allowed).to(index.device)] = -torch.inf
-    best = truth.topk(scores.shape[1], dim=1).values.cpu()
-    tolerance = 2e-6 * max(1.0, float(np.abs(queries).max(initial=0)))
-    np.testing.assert_allclose(scores, best, atol=tolerance)
-    positions = ids - 1000
-    of_hits = truth.gather(1, torch.from_numpy(positions).to(index.device)).cpu()
-    np.testing.assert_allclose(of_hits, scores, atol=tolerance)
-    assert all(len(set(row)) == len(row) for row in positions.tolist())
-
-
-def filled(vectors: np.ndarray, passes: Passes | None = None, device: str = "cpu") -> ExactGpuIndex:
-    return ExactGpuIndex(vectors, 1000 + np.arange(len(vectors)), device, passes)
 
 
 def drawn(
@@ -378,17 +348,8 @@ def test_plain_torch_on_a_gpu_gives_the_same() -> None:
     assert_exact(index, vectors, asked, 10, allowed)
 
 
-@pytest.fixture
-def _little_gpu_memory() -> object:
-    torch.cuda.empty_cache()
-    total = torch.cuda.mem_get_info()[1]
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 64 * 2**20) / total)
-    yield
-    torch.cuda.set_per_process_memory_fraction(1.0)
-
-
 @on_gpu
-@pytest.mark.usefixtures("_little_gpu_memory")
+@pytest.mark.usefixtures("little_gpu_memory")
 def test_vectors_that_do_not_fit_are_refused_with_a_sentence_and_the_rest_still_answers() -> None:
     few = unit_vectors(np.random.default_rng(10), 1000, 256).astype(np.float16)
     index = filled(few, device="cuda")
@@ -398,49 +359,3 @@ def test_vectors_that_do_not_fit_are_refused_with_a_sentence_and_the_rest_still_
     with pytest.raises(GalleryError, match="free some of its memory, or search on the CPU"):
         index.append(many, 5000 + np.arange(len(many)))
     assert_exact(index, few, few[:3].astype(np.float32), 5)
-
-
-def opened(vectors: np.ndarray, tmp_path: Path, device: str | None, structured: bool = False) -> object:
-    """The engine of a gallery of these vectors, whose table nobody asks for; `structured`: "auto" stands for "ivf"."""
-    pytest.importorskip("pyarrow")
-    from index.engine import open_engine
-    from index.gallery import Gallery
-    from index.manifest import Manifest, StructureRecord
-    from index.snapshot import Snapshot
-
-    count = len(vectors)
-    flags = np.zeros(count, bool)
-    record = StructureRecord("ivf", "lost", "lost", 1, count, 1, 1, {}, "", 0, 0, {}) if structured else None
-    gallery = Gallery(tmp_path, Manifest("model", "fingerprint", vectors.shape[1], structure=record))
-    ids = 1000 + np.arange(count)
-    gallery.__dict__["snapshot"] = Snapshot(1, None, ids, ids, flags, flags, vectors)  # type: ignore[arg-type]
-    return open_engine(gallery, device=None if device is None else torch.device(device))
-
-
-def test_a_gallery_is_searched_on_the_cpu_unless_a_gpu_is_named(tmp_path: Path) -> None:
-    vectors = unit_vectors(np.random.default_rng(11), 1000, 8).astype(np.float16)
-    for device in (None, "cpu"):
-        assert isinstance(opened(vectors, tmp_path, device), ExactIndex)
-
-
-@on_gpu
-def test_a_large_gallery_is_searched_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vectors = unit_vectors(np.random.default_rng(12), 5000, 256).astype(np.float16)
-    assert isinstance(opened(vectors, tmp_path, "cuda"), ExactIndex)
-    monkeypatch.setattr("index.engine.EXACT_NUMBERS", 1000 * 256)
-    for structured in (False, True):
-        index = opened(vectors, tmp_path, "cuda", structured)
-        assert isinstance(index, ExactGpuIndex)
-        assert_exact(index, vectors, vectors[:5].astype(np.float32), 10)
-
-
-@on_gpu
-@pytest.mark.usefixtures("_little_gpu_memory")
-def test_a_gallery_that_does_not_fit_the_gpu_is_searched_on_the_cpu(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    vectors = np.tile(unit_vectors(np.random.default_rng(13), 1000, 256).astype(np.float16), (400, 1))
-    assert isinstance(opened(vectors, tmp_path, "cuda"), ExactIndex)
-    (sentence,) = caplog.messages
-    assert "400,000 vectors of 256 dimensions need 0.2 GB of cuda" in sentence
-    assert sentence.endswith("Meanwhile the CPU searches.")
