@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from cots.data.samples import Sample
 from cots.embed import Embedded, Progress, cores, embed
 from cots.errors import GalleryError, MediaError
+from index.ann import Fill
 from index.compaction import tidy
 from index.crew import Recipe, embed_with
 from index.engine import check_engine, engine_facts, renew_engine
@@ -112,7 +113,7 @@ def build(
     alone = workers is None and cluster is None
     stream = list_samples(sources, failed, processes=1 if alone else cores())
     first = list(islice(stream, 1))  # a source that cannot be used says so here, before a gallery is made
-    with writing(gallery_dir) as directory:
+    with _cluster(cluster) as ray, writing(gallery_dir) as directory:
         gallery = create_gallery(directory, model)
         fresh = gallery.table.count_rows() == 0
         known = KnownItems(gallery)
@@ -124,7 +125,7 @@ def build(
             samples = [sample for sample, _ in wanted]
             telling = {"on_error": failed, "max_bad_share": max_bad_share, "progress": progress}
             recipe = Recipe(gallery.manifest.model, model.fingerprint, str(model.device), threads, batch_size)
-            with closing(_embedded(samples, model, recipe, workers, cluster, **telling)) as embedded:
+            with closing(_embedded(samples, model, recipe, workers, ray, **telling)) as embedded:
                 for result in embedded:
                     if not result.vectors.any(axis=1).all():
                         reason = f"the model {model.name} gives it a vector of no direction"
@@ -141,7 +142,7 @@ def build(
         _settle_missing(gallery, known.missing(), prune, report)
         tidy(gallery, fresh)
         gallery = open_gallery(directory)
-        _renew_engine(gallery, engine, recall_target, model, cluster)
+        renew_engine(gallery, engine, recall_target, model, fill=_fill(ray))
         snapshot = gallery.snapshot
     report.items, report.vectors = int((~snapshot.moments).sum()), len(snapshot)
     report.seconds = time.perf_counter() - started
@@ -242,35 +243,38 @@ def _embedded(
     model: "RetrievalModel",
     recipe: Recipe,
     workers: int | None,
-    cluster: str | None,
+    ray: Any,
     **telling: Any,
 ) -> Generator[Embedded, None, None]:
     """Embed in this process or by a crew, which loads the model by the name that the manifest has for it."""
-    if not samples or (workers is None and cluster is None):
+    if not samples or (workers is None and ray is None):
         yield from embed(
             samples, model, batch_size=recipe.batch_size, workers=recipe.threads, total=len(samples), **telling
         )
-    elif cluster is None:
+    elif ray is None:
         yield from embed_with(ProcessCrew(min(workers or 1, len(samples)), recipe), samples, **telling)
     else:
-        from index.cluster import RayCrew, connection
+        from index.cluster import RayCrew
 
-        with connection(cluster) as ray:
-            yield from embed_with(RayCrew(ray, workers, len(samples), recipe), samples, **telling)
+        yield from embed_with(RayCrew(ray, workers, len(samples), recipe), samples, **telling)
 
 
-def _renew_engine(
-    gallery: Gallery, engine: str | None, recall_target: float | None, model: "RetrievalModel", cluster: str | None
-) -> None:
-    """Make what answers queries, if there are cells to fill, on the cluster."""
-    if cluster is None:
-        renew_engine(gallery, engine, recall_target, model)
-        return
+def _cluster(address: str | None) -> AbstractContextManager[Any]:
+    """Ray's module, connected to a cluster while the body runs; None without an address."""
+    if address is None:
+        return nullcontext()
     from index.cluster import connection
+
+    return connection(address)
+
+
+def _fill(ray: Any) -> Fill | None:
+    """What fills the cells of a search structure on a cluster, if there is one."""
+    if ray is None:
+        return None
     from index.filling import cluster_fill
 
-    with connection(cluster) as ray:
-        renew_engine(gallery, engine, recall_target, model, fill=cluster_fill(ray))
+    return cluster_fill(ray)
 
 
 def _settle_missing(gallery: Gallery, missing: list[tuple[int, str]], prune: bool, report: BuildReport) -> None:
