@@ -10,7 +10,7 @@ from cots.data.square_transform import SquareTransform
 from cots.errors import ModelError
 from cots.model.model_directory import fingerprint_of
 from cots.model.open_clip_architecture import OPEN_CLIP, create_open_clip, import_open_clip
-from cots.model.retrieval_model import RetrievalModel
+from cots.model.retrieval_model import RetrievalModel, half_precision
 
 
 class OpenClipModel(RetrievalModel):
@@ -44,7 +44,9 @@ class OpenClipModel(RetrievalModel):
         )
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
-        return self._model.encode_image((pixels.float() - self._mean) / self._std)
+        with half_precision(self.device):
+            return self._model.encode_image((pixels.float() - self._mean) / self._std)
 
     def _encode_sentences(self, texts: list[str]) -> Tensor:
-        return self._model.encode_text(self._tokenizer(texts).to(self.device))
+        with half_precision(self.device):
+            return self._model.encode_text(self._tokenizer(texts).to(self.device))

@@ -53,7 +53,7 @@ class RetrievalModel(ABC):
         """Encode (B, 3, S, S) uint8 pixels into (B, D) float32 of unit norm, on the CPU."""
         if len(pixels) == 0:
             return torch.empty(0, self.dimension)
-        with torch.inference_mode(), self._precision():
+        with torch.inference_mode():
             embeddings = self._encode_pixels(pixels.to(self.device, non_blocking=True))
         return F.normalize(embeddings.float(), dim=-1).cpu()
 
@@ -74,12 +74,9 @@ class RetrievalModel(ABC):
         """Encode sentences into (B, D) float32 of unit norm, on the CPU."""
         if not texts:
             return torch.empty(0, self.dimension)
-        with torch.inference_mode(), self._precision():
+        with torch.inference_mode():
             embeddings = self._encode_sentences(list(texts))
         return F.normalize(embeddings.float(), dim=-1).cpu()
-
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda")
 
     @abstractmethod
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
@@ -88,6 +85,11 @@ class RetrievalModel(ABC):
     @abstractmethod
     def _encode_sentences(self, texts: list[str]) -> Tensor:
         """B sentences -> (B, D)."""
+
+
+def half_precision(device: torch.device) -> torch.autocast:
+    """On a GPU, networks whose weights are float32 compute in float16."""
+    return torch.autocast(device.type, torch.float16, enabled=device.type == "cuda")
 
 
 class CotsModel(RetrievalModel):
@@ -112,11 +114,11 @@ class CotsModel(RetrievalModel):
             return self._image_stream().pool_frames(clip)[0].cpu().numpy()
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, enabled=False):  # the tower's weights say in what it computes
-            return self._image_stream().encode_image(pixels.contiguous(memory_format=torch.channels_last)).embedding
+        return self._image_stream().encode_image(pixels.contiguous(memory_format=torch.channels_last)).embedding
 
     def _encode_sentences(self, texts: list[str]) -> Tensor:
-        return self._texts.encode_text(self.tokenizer(texts).to(self.device)).embedding
+        with half_precision(self.device):
+            return self._texts.encode_text(self.tokenizer(texts).to(self.device)).embedding
 
     def _image_stream(self) -> ImageStream:
         with self._building:
