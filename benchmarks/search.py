@@ -32,9 +32,10 @@ import numpy as np
 from search_data import Base, grow
 from search_engines import ENGINES, Engine
 
+from index.tuning import climb
+
 TARGETS = (0.8, 0.9, 0.95, 0.99)
 K = 10
-STEPS_OF_STALLING, LEAST_GAIN = 4, 0.001
 
 
 def exact_scores(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
@@ -104,16 +105,18 @@ def per_second(ask: Callable[[np.ndarray], Any], queries: np.ndarray, seconds: f
 def reaching(engine: Engine, vectors: np.ndarray, queries: np.ndarray, scores: np.ndarray) -> dict[float, list[Any]]:
     """For each target the first setting of each ladder that reaches it."""
     found: dict[float, list[Any]] = {target: [] for target in TARGETS}
+
+    def recall_at(setting: Any) -> float:
+        return recall(vectors, queries, scores, engine.search(queries, K, setting))
+
     for ladder in engine.ladders:
-        reached: list[float] = []
-        for setting in ladder:
-            reached.append(recall(vectors, queries, scores, engine.search(queries, K, setting)))
-            before = reached[-2] if len(reached) > 1 else 0.0
+        best = 0.0
+        for setting, share in climb(ladder, recall_at):
             for target in TARGETS:
-                if before < target <= reached[-1] and max(reached[:-1], default=0.0) < target:
+                if best < target <= share:
                     found[target].append(setting)
-            stalled = len(reached) > STEPS_OF_STALLING and reached[-1] - reached[-1 - STEPS_OF_STALLING] < LEAST_GAIN
-            if reached[-1] >= TARGETS[-1] or stalled:
+            best = max(best, share)
+            if best >= TARGETS[-1]:
                 break
     return found
 

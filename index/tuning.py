@@ -6,9 +6,9 @@ effort, the other half are asked only once, for the figures that are reported.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,8 @@ PROPOSALS = (4, 16, 64)
 SCORE_ERROR = 1e-6
 STEPS_OF_FOUR = 4  # of a ladder, each of which is wider by the root of two
 LEAST_GAIN = 0.001
+Setting = TypeVar("Setting")
+Recall = TypeVar("Recall", float, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,14 @@ def _set_effort(index: AnnIndex, queries: np.ndarray, truth: np.ndarray, target:
     that do are timed.
     """
 
+    def recall_at(effort: Effort) -> np.ndarray:
+        index.effort = effort
+        return _recall(index, queries, truth)
+
     reaching: list[Effort] = []
     for ladder in ladders(index):
         narrower = [effort for effort in ladder if not reaching or effort.breadth < reaching[-1].breadth]
-        for effort, recall in _climb(index, narrower, queries, truth):
+        for effort, recall in climb(narrower, recall_at):
             if recall.mean() - 2 * recall.std() / len(recall) ** 0.5 >= target or recall.mean() == 1:
                 reaching.append(effort)
                 break
@@ -120,16 +126,17 @@ def _set_effort(index: AnnIndex, queries: np.ndarray, truth: np.ndarray, target:
         index.effort = ladders(index)[-1][-1]
 
 
-def _climb(
-    index: AnnIndex, ladder: list[Effort], queries: np.ndarray, truth: np.ndarray
-) -> Iterator[tuple[Effort, np.ndarray]]:
-    """Efforts with their recalls (Q,), as long as looking four times as wide finds more."""
+def climb(ladder: Sequence[Setting], recall_at: Callable[[Setting], Recall]) -> Iterator[tuple[Setting, Recall]]:
+    """Settings, each wider than the one before, with their recalls, as long as looking four times as wide finds more.
+
+    Args:
+        recall_at: a setting's recall, or (Q,) those of queries.
+    """
     means: list[float] = []
-    for effort in ladder:
-        index.effort = effort
-        recall = _recall(index, queries, truth)
-        yield effort, recall
-        means.append(float(recall.mean()))
+    for setting in ladder:
+        recall = recall_at(setting)
+        yield setting, recall
+        means.append(float(np.mean(recall)))
         if len(means) > STEPS_OF_FOUR and means[-1] - means[-1 - STEPS_OF_FOUR] < LEAST_GAIN:
             return
 
