@@ -5,9 +5,9 @@ from collections import defaultdict
 from enum import Enum
 from typing import Any
 
+from cots.data.decode_ahead import content_hash
 from cots.data.samples import Sample
 from cots.data.shards import MEMBER_SEPARATOR
-from cots.embed import content_hash
 from index.gallery import Gallery
 from index.writer import licence_of
 

@@ -8,7 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from pathlib import Path
 
-from cots.data.samples import Entry, Sample, each_once, entries, samples_of
+from cots.data.samples import Entry, Sample, each_once, entries, holds_many, samples_of
 from cots.errors import MediaError
 from index.interrupts import interrupts_blocked
 
@@ -35,7 +35,7 @@ def _jobs(found: Iterable[Entry]) -> Iterator[Job]:
     """Plain files many at once; a shard or a table, which holds many samples, alone."""
     files: Job = []
     for entry in found:
-        if entry.path.lower().endswith((".tar", ".jsonl", ".csv", ".tsv", ".parquet")):
+        if holds_many(entry):
             yield files
             yield [entry]
             files = []
@@ -51,8 +51,7 @@ def _listed(jobs: Iterator[Job], on_error: Callable[[MediaError], None], process
     jobs = (job for job in jobs if job)
     first = list(islice(jobs, FEWEST_JOBS))
     if processes == 1 or len(first) < FEWEST_JOBS:
-        yield from (sample for job in first for entry in job for sample in samples_of(entry, on_error))
-        yield from (sample for job in jobs for entry in job for sample in samples_of(entry, on_error))
+        yield from (sample for job in chain(first, jobs) for entry in job for sample in samples_of(entry, on_error))
         return
     running: deque[tuple[Job, Future[Listed]]] = deque()
 

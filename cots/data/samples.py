@@ -184,6 +184,12 @@ def _extension(path: str) -> str:
     return os.path.splitext(path)[1][1:].lower()
 
 
+def holds_many(entry: Entry) -> bool:
+    """Whether a file is a shard or a table."""
+    extension = _extension(entry.path)
+    return extension == "tar" or extension in TABLE_EXTENSIONS
+
+
 def _is_candidate(path: str) -> bool:
     extension = _extension(path)
     return extension in MEDIA_EXTENSIONS or extension in TABLE_EXTENSIONS or extension == "tar"

@@ -1,9 +1,9 @@
 """Decoding ahead: the same outcomes in the same order whoever decodes, and bounded memory."""
 
 import io
+import itertools
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,18 +110,11 @@ def test_a_job_holds_few_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_samples_are_read_only_so_far_ahead(tmp_path: Path) -> None:
     Image.new("RGB", (80, 60)).save(tmp_path / "one.jpg")
     sample = next(iter_samples([tmp_path], no_error))
-    taken = 0
-
-    def endless() -> Iterator[Sample]:
-        nonlocal taken
-        while True:
-            taken += 1
-            yield sample
-
-    outcomes = decoder(batched=True).decode(endless())
+    taken = itertools.count()
+    outcomes = decoder(batched=True).decode(sample for _ in taken)
     for _ in range(100):
         next(outcomes)
-    assert taken < 100 + 1100
+    assert next(taken) < 100 + 1100
     outcomes.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
 
