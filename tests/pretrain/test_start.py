@@ -63,12 +63,15 @@ def test_a_bert_directory_fills_the_text_tower(make_config: MakeConfig, bert_dir
 
 def test_the_names_of_the_oldest_berts_are_known(make_config: MakeConfig, bert_directory: Path) -> None:
     path = bert_directory / "model.safetensors"
-    old = {
-        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
-        for name, value in load_file(path).items()
-    }
+
+    def old_name(name: str) -> str:
+        return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+    old = {old_name(name): value for name, value in load_file(path).items()}
     save_file(old, path)
-    _start(make_config(start={"text_tower": str(bert_directory)}))
+    encoder = _start(make_config(start={"text_tower": str(bert_directory)}))
+    for name, value in encoder.text_tower.bert.state_dict().items():
+        assert torch.equal(value, old[old_name(f"bert.{name}")].float()), name
 
 
 def test_a_bert_of_another_shape_is_refused_with_what_to_set(make_config: MakeConfig, bert_directory: Path) -> None:
