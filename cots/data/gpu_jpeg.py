@@ -1,7 +1,7 @@
 """JPEGs decoded, turned upright and scaled on a GPU, by torchvision's nvJPEG.
 
-nvJPEG uses the chip's JPEG engines where it has them (A100, H100), so decoding hardly slows a model on the same chip.
-It knows no EXIF, gives nothing of a batch of which one file is damaged, and may not notice that a file is cut off; so
+nvJPEG uses the chip's JPEG engines where it has them (A100, H100), which leaves the rest of the chip to a model. It
+knows no EXIF, gives nothing of a batch of which one file is damaged, and may not notice that a file is cut off; so
 `cots.data.jpeg_header` sorts out what it is given, and what it refuses is for Pillow to read or to name.
 """
 
