@@ -214,7 +214,7 @@ def sweep(index: ExactGpuIndex, queries: np.ndarray, seconds: float, runs: int) 
             if time.perf_counter() > deadline:
                 return rows
             index.passes = TritonPasses(
-                width, facts["multiprocessor_count"], facts["max_shared_mem"], few=(shape,), many=(shape,)
+                width, facts["multiprocessor_count"], facts["max_shared_mem"], (shape,), (shape,), (shape,)
             )
             row: Row = {"shape": str(shape), "batch": batch}
             try:

@@ -37,6 +37,7 @@ from torch.nn.functional import pad
 
 from cots.errors import GalleryError
 from index.exact import checked_queries
+from index.recorded import RecordedSearches
 from index.topk_passes import LARGEST_TILE, Passes, Rows, padded_width, passes_for
 
 UPLOAD = 16_384  # vectors that are copied to the device at a time
@@ -44,6 +45,7 @@ SPARE = 0.125  # of the vectors, room for more, where there is memory for it
 GROUP = 64  # blocks
 FEW_QUERIES = 64  # precise ones cost nothing extra
 MOST_QUERIES = 1024
+MOST_RECORDED = 128  # hits; to choose more takes what cannot be recorded
 SCRATCH = 2**30  # bytes that a search may take beside the vectors
 FEW_ALLOWED = 0.25  # if no larger share may be found, it is read, written and read again sooner than all vectors once
 
@@ -82,6 +84,7 @@ class ExactGpuIndex:
         self._ids = np.empty(0, np.int64)
         self._unusable = np.empty(0, np.int64)  # positions of vectors that are not finite
         self._norm = 0.0  # the greatest of a vector
+        self._recorded = RecordedSearches(self._width, self.device)
         self.append(vectors, ids)
 
     def __len__(self) -> int:
@@ -170,29 +173,61 @@ class ExactGpuIndex:
             GalleryError: the queries have another dimension or are not finite, or the device's memory is full.
         """
         queries = checked_queries(queries, self._dimension)
+        try:
+            with torch.cuda.device_of(self._vectors):
+                return self._best(queries, k, allowed)
+        except torch.OutOfMemoryError as error:
+            raise GalleryError(
+                f"The memory of {self.device} is full: a search for {k} of {self._count:,} vectors needs up to "
+                f"{SCRATCH / 1e9:.1f} GB beside them; ask for fewer, or search on the CPU."
+            ) from error
+
+    def _best(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and ids (Q, K): the best vectors that are finite, then those that are not."""
+        usable = None if allowed is None and not len(self._unusable) else self._uploaded(allowed)
         eligible = self._count if allowed is None else int(np.count_nonzero(allowed))
-        k = min(k, eligible)
         unusable = self._unusable if allowed is None else self._unusable[allowed[self._unusable]]
-        found = min(k, eligible - len(unusable))
+        k = min(k, eligible)
+        finite = eligible - len(unusable)
+        found = min(k, finite)
         scores = np.full((len(queries), k), np.nan, np.float32)
         positions = np.empty((len(queries), k), np.int64)
         positions[:, found:] = unusable[: k - found]
         if found and len(queries):
-            try:
-                with torch.cuda.device_of(self._vectors):
-                    scores[:, :found], positions[:, :found] = self._best(queries, found, allowed, eligible)
-            except torch.OutOfMemoryError as error:
-                raise GalleryError(
-                    f"The memory of {self.device} is full: a search for {k} of {self._count:,} vectors needs up to "
-                    f"{SCRATCH / 1e9:.1f} GB beside them; ask for fewer, or search on the CPU."
-                ) from error
+            if usable is None and self._is_recorded(len(queries), found):
+                best = self._recorded.answer(
+                    queries,
+                    (self.passes, self._count, self._vectors.data_ptr(), found),
+                    lambda asked: self._search(Rows(self._vectors, self._count), asked, found, precise=True)[:2],
+                )
+            else:
+                best = self._answers(queries, found, usable, finite)
+            scores[:, :found], positions[:, :found] = best
         return scores, self._ids[positions]
 
-    def _best(
-        self, queries: np.ndarray, k: int, allowed: np.ndarray | None, eligible: int
+    def _is_recorded(self, queries: int, k: int) -> bool:
+        return self.device.type == "cuda" and queries <= FEW_QUERIES and k <= MOST_RECORDED and self.passes.rounds
+
+    def _uploaded(self, allowed: np.ndarray | None) -> torch.Tensor:
+        """(capacity,) bool on the device: the vectors that are finite and allowed. The copy may still be on its way."""
+        capacity = len(self._vectors)
+        if allowed is None:
+            usable = torch.arange(capacity, device=self.device) < self._count
+        else:
+            # pinned memory is kept by torch for the next filter; fresh memory takes longer to get than to fill
+            staged = torch.empty(capacity, dtype=torch.bool, pin_memory=self.device.type == "cuda")
+            staged[: self._count] = torch.from_numpy(allowed)
+            staged[self._count :] = False
+            usable = staged.to(self.device, non_blocking=True)
+        if len(self._unusable):
+            usable[torch.from_numpy(self._unusable).to(self.device)] = False
+        return usable
+
+    def _answers(
+        self, queries: np.ndarray, k: int, usable: torch.Tensor | None, eligible: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and positions (Q, k) of the best vectors that are finite and allowed, at least k of them."""
-        rows, origin = self._searched(allowed, eligible)
+        """Scores and positions (Q, k) of the best of the usable vectors, `eligible` many and at least k."""
+        rows, origin = self._searched(usable, eligible)
         asked = torch.tensor(queries, device=self.device)
         if self._dimension < self._width:
             asked = pad(asked, (0, self._width - self._dimension))
@@ -202,23 +237,14 @@ class ExactGpuIndex:
             places = origin[places]
         return scores.cpu().numpy(), places.cpu().numpy()
 
-    def _searched(self, allowed: np.ndarray | None, eligible: int) -> tuple[Rows, torch.Tensor | None]:
-        """What is looked at: all vectors, all of them with a mask, or a copy of the few that are allowed and where
+    def _searched(self, usable: torch.Tensor | None, eligible: int) -> tuple[Rows, torch.Tensor | None]:
+        """What is looked at: all vectors, all of them with a mask, or a copy of the few that are usable and where
         these come from."""
-        if allowed is None and not len(self._unusable):
+        if usable is None:
             return Rows(self._vectors, self._count), None
-        usable = np.ones(self._count, bool) if allowed is None else allowed
-        if len(self._unusable):
-            usable = usable.copy()
-            usable[self._unusable] = False
-        bits = np.zeros(len(self._vectors) // 8, np.uint8)
-        packed = np.packbits(usable, bitorder="little")
-        bits[: len(packed)] = packed
-        mask = torch.from_numpy(bits).to(self.device)
         if eligible > FEW_ALLOWED * self._count or 2 * self._width * eligible > SCRATCH:
-            return Rows(self._vectors, self._count, mask.view(torch.int32)), None
-        every = torch.arange(8, dtype=torch.uint8, device=self.device)
-        origin = ((mask[:, None] >> every) & 1).flatten().nonzero().flatten()
+            return Rows(self._vectors, self._count, _as_bits(usable)), None
+        origin = usable.nonzero().flatten()
         capacity = -(-len(origin) // LARGEST_TILE) * LARGEST_TILE
         few = self._vectors.new_empty(capacity, self._width)
         torch.index_select(self._vectors, 0, origin, out=few[: len(origin)])
@@ -227,7 +253,7 @@ class ExactGpuIndex:
 
     def _batch(self, rows: Rows, k: int) -> int:
         """How many queries are answered at once, so that what is kept of each stays within `SCRATCH`."""
-        block = self.passes.block(precise=False)
+        block = self.passes.block(MOST_QUERIES, precise=False)
         chosen = min(_chosen(k), -(-rows.count // block))
         numbers = rows.count // block + 4 * chosen * (block + GROUP)
         batch = min(SCRATCH // (4 * numbers), MOST_QUERIES)
@@ -250,7 +276,7 @@ class ExactGpuIndex:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The two passes: scores and positions (Q, k), and the highest maximum (Q,) of the blocks that were not
         rescored, or None if all were."""
-        block = self.passes.block(precise)
+        block = self.passes.block(len(queries), precise)
         blocks = -(-rows.count // block)
         partial = rows.count % block > 0
         chosen = _chosen(k) + partial
@@ -288,6 +314,12 @@ def _as_halves(vectors: np.ndarray | torch.Tensor) -> torch.Tensor:
         return vectors.half()
     with np.errstate(over="ignore"):  # what becomes infinite is told apart later
         return torch.from_numpy(np.array(vectors, dtype=np.float16))
+
+
+def _as_bits(mask: torch.Tensor) -> torch.Tensor:
+    """(N,) bool, N a multiple of 32 -> (N / 32,) int32, the first in the lowest bit of each word."""
+    eights = mask.view(torch.int64) * 0x0102040810204080  # which gathers the eight bytes' lowest bits in the highest
+    return (eights >> 56).to(torch.uint8).view(torch.int32)
 
 
 def _chosen(k: int) -> int:

@@ -4,9 +4,8 @@ The scores of Q queries against N vectors are never written: 10 M x 1,024 of the
 reduced on the chip to one maximum for every block of `BLOCK` vectors; `index/exact_gpu.py` says why the blocks with the
 highest maxima hold the best vectors.
 
-    resident_maxima     queries stay on the chip, tiles of vectors pass by, each of them whole
-    stationary_maxima   a tile of vectors stays on the chip, all queries pass by
-    streamed_maxima     both pass by in slices of DEPTH dimensions, for vectors that are too long for the chip
+    resident_maxima   queries stay on the chip, tiles of vectors pass by, each of them whole
+    streamed_maxima   both pass by in slices of DEPTH dimensions, for vectors that are too long for the chip
 
 All take `vectors` (N, D) and `queries` (R, D), R a multiple of QUERIES, as descriptors of float16 tensors: on Hopper
 their tiles are fetched by the copy engine. With MASKED, bit i % 32 of word i // 32 of `mask` (int32) says whether
@@ -74,33 +73,6 @@ def resident_maxima(
     asked = queries.load([first, 0])
     for tile in tl.range(tl.program_id(0) // groups, tiles, lanes, num_stages=STAGES):
         members = vectors.load([tile * TILE, 0])
-        scores = tl.dot(asked, tl.trans(members))
-        if MASKED:
-            scores = _only_allowed(scores, tile, mask, TILE)
-        _store_maxima(scores, maxima, tile, first, rows, TILE, BLOCK, PAIRED)
-
-
-@triton.jit
-def stationary_maxima(
-    vectors,
-    queries,
-    mask,
-    maxima,
-    rows,
-    QUERIES: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-    PAIRED: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Block maxima, one tile of vectors a program. The queries come from the cache, half as often as in
-    `resident_maxima` if TILE is twice its QUERIES, but nothing hides the wait for the tile.
-    """
-    tile = tl.program_id(0)
-    members = vectors.load([tile * TILE, 0])
-    for first in tl.range(0, rows, QUERIES, num_stages=STAGES):
-        asked = queries.load([first, 0])
         scores = tl.dot(asked, tl.trans(members))
         if MASKED:
             scores = _only_allowed(scores, tile, mask, TILE)

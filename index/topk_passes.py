@@ -16,7 +16,7 @@ SLICE = 64  # dimensions that `streamed_maxima` takes at a time
 WHOLE = 256  # vectors of up to so many dimensions lie on the chip whole
 RESCORED = 32  # vectors that one program of `block_scores` takes
 TORCH_ROWS = 65_536
-RESERVED = 1024  # bytes of shared memory that a program takes beside its tiles
+RESERVED = 2048  # bytes of shared memory that a program takes beside its tiles
 log = logging.getLogger("cots")
 
 
@@ -42,7 +42,7 @@ class TileShape:
     """How a kernel cuts up the scores.
 
     Attributes:
-        kernel: "resident", "stationary" or "streamed", see `index.topk_kernels`.
+        kernel: "resident" or "streamed", see `index.topk_kernels`.
         queries, tile: rows and columns of a tile of scores.
         block: vectors that share a maximum; divides `tile`.
         stages: tiles, or slices of them, that are on their way or in use at once.
@@ -60,45 +60,39 @@ class TileShape:
         """Shared memory of a program for vectors of a width."""
         if self.kernel == "resident":
             halves = (self.queries + self.stages * self.tile) * width
-        elif self.kernel == "stationary":
-            halves = (self.tile + self.stages * self.queries) * width
         else:
             halves = self.stages * (self.queries + self.tile) * min(width, SLICE)
         return 2 * halves + RESERVED
 
 
-# Best first, as predicted for an H100; the first that fits is taken. With few queries the memory bus is the limit, with
-# many the tensor cores.
+# Best first, by `benchmarks/exact_search.py --sweep` on 10 M x 256; the first that fits is taken. Up to 64 queries are
+# precise ones, for which the memory bus is the limit; with many it is the tensor cores.
 FEW_QUERIES = (
-    TileShape("resident", 64, 64, 64, stages=4, warps=4),
     TileShape("streamed", 64, 128, 128, stages=4, warps=4),
     TileShape("streamed", 64, 64, 64, stages=2, warps=4),
 )
-MANY_QUERIES = (
+SOME = 128
+SOME_QUERIES = (
     TileShape("resident", 128, 64, 64, stages=4, warps=8),
-    TileShape("streamed", 128, 256, 128, stages=4, warps=8),
+    TileShape("streamed", 128, 256, 128, stages=3, warps=8),
     TileShape("streamed", 128, 128, 128, stages=3, warps=8),
     TileShape("streamed", 64, 64, 64, stages=2, warps=4),
 )
+MANY_QUERIES = (TileShape("resident", 256, 64, 64, stages=3, warps=8), *SOME_QUERIES)
 
-# What `benchmarks/exact_search.py --sweep` compares, each for few and for many queries.
+# What the sweep compares, each for any number of queries.
 SWEPT = (
     *FEW_QUERIES,
     *MANY_QUERIES,
     TileShape("resident", 16, 64, 64, stages=3, warps=4),
-    TileShape("resident", 16, 128, 128, stages=3, warps=4),
-    TileShape("resident", 64, 64, 64, stages=5, warps=4),
+    TileShape("resident", 64, 64, 64, stages=4, warps=4),
     TileShape("resident", 64, 128, 128, stages=3, warps=4),
     TileShape("resident", 64, 128, 128, stages=3, warps=8),
-    TileShape("resident", 256, 64, 64, stages=3, warps=8),
-    TileShape("stationary", 64, 256, 128, stages=3, warps=8),
-    TileShape("stationary", 64, 256, 64, stages=3, warps=8),
-    TileShape("stationary", 64, 256, 256, stages=3, warps=8),
-    TileShape("stationary", 64, 256, 128, stages=3, warps=4),
-    TileShape("stationary", 64, 128, 128, stages=4, warps=4),
+    TileShape("resident", 256, 64, 64, stages=2, warps=8),
+    TileShape("resident", 256, 32, 32, stages=4, warps=8),
+    TileShape("streamed", 64, 128, 128, stages=3, warps=4),
+    TileShape("streamed", 64, 128, 64, stages=4, warps=4),
     TileShape("streamed", 64, 256, 128, stages=4, warps=4),
-    TileShape("streamed", 128, 128, 128, stages=4, warps=8),
-    TileShape("streamed", 128, 256, 128, stages=3, warps=8),
 )
 
 
@@ -111,8 +105,8 @@ class Passes(Protocol):
 
     rounds: bool
 
-    def block(self, precise: bool) -> int:
-        """Vectors in a block."""
+    def block(self, queries: int, precise: bool) -> int:
+        """Vectors in a block when so many queries are asked."""
 
     def maxima(self, rows: Rows, queries: torch.Tensor, precise: bool) -> torch.Tensor:
         """The highest score in each block; of a last one that is not full, anything.
@@ -159,7 +153,7 @@ class TritonPasses:
         width: of the vectors.
         multiprocessors: of the device.
         shared: bytes of shared memory that a program may take; as many as one multiprocessor has.
-        few, many: the shapes to choose from.
+        few, some, many: the shapes to choose from for precise queries, for up to `SOME` others, and for more.
     """
 
     rounds = True
@@ -170,6 +164,7 @@ class TritonPasses:
         multiprocessors: int,
         shared: int,
         few: tuple[TileShape, ...] = FEW_QUERIES,
+        some: tuple[TileShape, ...] = SOME_QUERIES,
         many: tuple[TileShape, ...] = MANY_QUERIES,
     ) -> None:
         from index import topk_kernels
@@ -178,20 +173,25 @@ class TritonPasses:
         self._width = width
         self._multiprocessors = multiprocessors
         self._shared = shared
-        self._few, self._many = (self._first_fitting(shapes) for shapes in (few, many))
+        self._few, self._some, self._many = map(self._first_fitting, (few, some, many))
 
     def _first_fitting(self, shapes: tuple[TileShape, ...]) -> TileShape:
         """The last of the shapes is small enough for every device."""
         usable = (shape for shape in shapes if shape.kernel == "streamed" or self._width <= WHOLE)
         return next((shape for shape in usable if shape.shared_bytes(self._width) <= self._shared), shapes[-1])
 
-    def block(self, precise: bool) -> int:
-        return (self._few if precise else self._many).block
+    def _shape(self, queries: int, precise: bool) -> TileShape:
+        if precise:
+            return self._few
+        return self._some if queries <= SOME else self._many
+
+    def block(self, queries: int, precise: bool) -> int:
+        return self._shape(queries, precise).block
 
     def maxima(self, rows: Rows, queries: torch.Tensor, precise: bool) -> torch.Tensor:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        shape = self._few if precise else self._many
+        shape = self._shape(len(queries), precise)
         parts = 2 if precise else 1
         asked = queries.new_zeros(-(-parts * len(queries) // shape.queries) * shape.queries // parts, self._width)
         asked[: len(queries)] = queries
@@ -217,8 +217,6 @@ class TritonPasses:
             self._kernels.resident_maxima[(groups * lanes,)](
                 vectors, asked_tiles, mask, maxima, len(asked), tiles, lanes, **settings
             )
-        elif shape.kernel == "stationary":
-            self._kernels.stationary_maxima[(tiles,)](vectors, asked_tiles, mask, maxima, len(asked), **settings)
         else:
             self._kernels.streamed_maxima[(tiles * groups,)](
                 vectors, asked_tiles, mask, maxima, len(asked), D=self._width, DEPTH=depth, **settings
@@ -271,7 +269,7 @@ class TorchPasses:
     def __init__(self, block: int = 128) -> None:
         self._block = block
 
-    def block(self, precise: bool) -> int:
+    def block(self, queries: int, precise: bool) -> int:
         return self._block
 
     def maxima(self, rows: Rows, queries: torch.Tensor, precise: bool) -> torch.Tensor:

@@ -7,6 +7,7 @@ their own, which runs the tests below that are marked `interpreted`.
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,6 @@ from index.topk_passes import (
     FEW_QUERIES,
     MANY_QUERIES,
     SLICE,
-    SWEPT,
     Passes,
     TileShape,
     TorchPasses,
@@ -35,8 +35,7 @@ from index.topk_passes import (
 __all__ = ["little_gpu_memory"]
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled unless TRITON_INTERPRET=1 is set")
-KERNELS = ("resident", "stationary", "streamed")
-STATIONARY = next(shape for shape in SWEPT if shape.kernel == "stationary")
+KERNELS = ("resident", "streamed")
 SHARES = st.one_of(st.none(), st.sampled_from([0.0, 0.01, 0.3, 1.0]))
 
 
@@ -44,7 +43,7 @@ def interpreted_passes(kernel: str, dimension: int) -> Passes:
     """Tiles as small as the kernels allow, so that few vectors make many; two multiprocessors."""
     shape = TileShape(kernel, queries=16, tile=32, block=16, stages=2, warps=4)
     width = padded_width(dimension)
-    return TritonPasses(width, 2, 2**20, few=(shape,), many=(shape,))
+    return TritonPasses(width, 2, 2**20, few=(shape,), some=(shape,), many=(shape,))
 
 
 def drawn(
@@ -189,6 +188,8 @@ def test_the_kernels_in_the_interpreter() -> None:
         cwd=Path(__file__).parents[2],
         check=False,
     )
+    if "only 0-dimensional arrays can be converted to Python scalars" in done.stdout:
+        pytest.skip("Triton's interpreter relies on a conversion that NumPy has dropped in 2.5")
     assert done.returncode == 0, done.stdout[-4000:]
 
 
@@ -244,7 +245,7 @@ def test_interpreted_kernels_tell_apart_what_rounding_confuses(monkeypatch: pyte
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the kernels are interpreted")
-@pytest.mark.parametrize("shape", [FEW_QUERIES[0], MANY_QUERIES[0], MANY_QUERIES[1], STATIONARY], ids=str)
+@pytest.mark.parametrize("shape", [FEW_QUERIES[0], *MANY_QUERIES[:3]], ids=str)
 def test_a_hopper_gets_its_own_instructions_and_no_more_shared_memory_than_reckoned(
     shape: TileShape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,14 +312,37 @@ def test_every_shape_on_a_gpu_gives_the_same() -> None:
 
     facts = triton.runtime.driver.active.utils.get_device_properties(0)
     vectors, asked, allowed = drawn(7, 20_011, 256, 150, 0.5, True)
-    for shape in {*FEW_QUERIES, *MANY_QUERIES, STATIONARY}:
+    for shape in {*FEW_QUERIES, *MANY_QUERIES}:
         if shape.shared_bytes(256) > facts["max_shared_mem"]:
             continue
-        passes = TritonPasses(256, facts["multiprocessor_count"], facts["max_shared_mem"], few=(shape,), many=(shape,))
+        passes = TritonPasses(
+            256, facts["multiprocessor_count"], facts["max_shared_mem"], few=(shape,), some=(shape,), many=(shape,)
+        )
         index = filled(vectors, passes, "cuda")
         for queries in (1, 40, 150):
             assert_exact(index, vectors, asked[:queries], 10)
             assert_exact(index, vectors, asked[:queries], 10, allowed)
+
+
+@on_gpu
+def test_recorded_searches_find_the_same_also_after_an_append_and_from_several_threads() -> None:
+    vectors, asked, allowed = drawn(8, 30_000, 200, 64, 0.3, False)
+    index = filled(vectors[:25_000], device="cuda")
+    for k in (1, 10, 100):
+        for queries in (1, 3, 64, 3, 1, 2, 64):
+            assert_exact(index, vectors[:25_000], asked[:queries], k)
+    index.append(vectors[25_000:], 1000 + np.arange(25_000, 30_000))
+    for _ in range(3):
+        assert_exact(index, vectors, asked[:3], 10)
+        assert_exact(index, vectors, asked[:3], 10, allowed)
+    expected = index.search(asked, 10)[1]
+
+    def ask(number: int) -> bool:
+        rows = slice(number % 60, number % 60 + 1 + number % 4)
+        return bool((index.search(asked[rows], 10)[1] == expected[rows]).all())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(400)))
 
 
 @on_gpu
