@@ -186,6 +186,15 @@ class _Residual(nn.Module):
         return features + self.mix(F.gelu(self.spatial(F.gelu(features))))
 
 
+class _Layers(nn.Sequential):
+    """Compiled as one: torch.compile leaves the loop of nn.Sequential itself to Python, and takes its layers singly."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        for layer in self:
+            features = layer(features)
+        return features
+
+
 def _initialise(module: nn.Module) -> None:
     """Convolutions keep the variance of what they are given; a residual branch begins at zero."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
@@ -198,22 +207,22 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.mix.weight)
 
 
-def _encoder(channels: list[int], blocks: int, code_dim: int) -> nn.Sequential:
+def _encoder(channels: list[int], blocks: int, code_dim: int) -> _Layers:
     layers: list[nn.Module] = [nn.PixelUnshuffle(2), nn.Conv2d(12, channels[0], 3, padding=1)]
     for level, width in enumerate(channels):
         if level:
             layers.append(nn.Conv2d(channels[level - 1], width, 2, stride=2))
         layers += [_Residual(width) for _ in range(blocks)]
-    return nn.Sequential(*layers, nn.GELU(), nn.Conv2d(channels[-1], code_dim, 1))
+    return _Layers(*layers, nn.GELU(), nn.Conv2d(channels[-1], code_dim, 1))
 
 
-def _decoder(channels: list[int], blocks: int, code_dim: int) -> nn.Sequential:
+def _decoder(channels: list[int], blocks: int, code_dim: int) -> _Layers:
     layers: list[nn.Module] = [nn.Conv2d(code_dim, channels[-1], 3, padding=1)]
     for level in reversed(range(len(channels))):
         layers += [_Residual(channels[level]) for _ in range(blocks)]
         if level:
             layers.append(nn.ConvTranspose2d(channels[level], channels[level - 1], 2, stride=2))
-    return nn.Sequential(*layers, nn.GELU(), nn.Conv2d(channels[0], 12, 3, padding=1), nn.PixelShuffle(2))
+    return _Layers(*layers, nn.GELU(), nn.Conv2d(channels[0], 12, 3, padding=1), nn.PixelShuffle(2))
 
 
 def save_visual_tokenizer(
