@@ -5,6 +5,7 @@ is the same for any number of ranks, and a run can go on at any step.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +51,7 @@ class PixelCache:
         loader = DataLoader(
             _Squares(sources, config.cache_side, config.frames_per_item),
             batch_size=None,
+            collate_fn=_unchanged,
             num_workers=config.workers,
             generator=torch.Generator(),
             prefetch_factor=16 if config.workers else None,
@@ -59,7 +61,7 @@ class PixelCache:
         self.bad: list[tuple[str, str]] = []
         item_ids: list[int] = []
         for squares, own, common, problem in loader:
-            frames.append(squares)
+            frames.append(torch.from_numpy(squares))
             item_ids.append(common)
             captions.append(own)
             if problem is not None:
@@ -77,7 +79,15 @@ class PixelCache:
         return len(self.sided)
 
 
-class _Squares(Dataset[tuple[Tensor, list[str], int, tuple[str, str] | None]]):
+_Item = tuple[np.ndarray, list[str], int, tuple[str, str] | None]
+
+
+def _unchanged(item: Any) -> Any:
+    """Arrays come from another process in its pipe; a tensor brings a file descriptor, which takes longer than that."""
+    return item
+
+
+class _Squares(Dataset[_Item]):
     """Item -> ((F, 3, R, R) uint8, captions, item id, name and reason if it cannot be read)."""
 
     def __init__(self, sources: Sequence[PairSource], side: int, frames_per_item: int) -> None:
@@ -89,14 +99,14 @@ class _Squares(Dataset[tuple[Tensor, list[str], int, tuple[str, str] | None]]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, place: int) -> tuple[Tensor, list[str], int, tuple[str, str] | None]:
+    def __getitem__(self, place: int) -> _Item:
         source, index = self.items[place]
         try:
             pair = source.read(index)
             frames = torch.stack([self.transform(frame) for frame in pair.frames(self.clip_frames)])
-            return frames, list(pair.captions)[:_CAPTIONS], item_id(pair, place), None
+            return frames.numpy(), list(pair.captions)[:_CAPTIONS], item_id(pair, place), None
         except MediaError as error:
-            nothing = torch.empty(0, 3, self.side, self.side, dtype=torch.uint8)
+            nothing = np.empty((0, 3, self.side, self.side), np.uint8)
             return nothing, [], place, (source.name(index), error.reason)
 
 

@@ -12,10 +12,10 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from cots.data.file_readers import PROCESSES, FileReaders, JpegFile, digest_of
 from cots.data.frame_sampling import FrameSampling
 from cots.data.gpu_jpeg import GpuJpegDecoder
 from cots.data.image_io import MAX_PIXELS, open_image, os_reason
-from cots.data.jpeg_header import BaselineJpeg, read_baseline
 from cots.data.samples import Sample
 from cots.data.square_transform import SquareTransform
 from cots.errors import MediaError
@@ -87,6 +87,7 @@ class MediaDecoder:
         self._square = square
         self._frames = frames
         self._gpu_jpegs = gpu_jpegs
+        self._readers = FileReaders(PROCESSES if gpu_jpegs is not None and gpu_jpegs.device.type == "cuda" else 0)
         self._stopwatch = stopwatch
         self._workers = workers
         # An image in flight counts 1, a video as many as there are images in flight for each worker: so there are
@@ -132,6 +133,7 @@ class MediaDecoder:
                 yield started(job).result()[place]
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            self._readers.close()
 
     def _run(self, samples: list[Sample]) -> list[Outcome]:
         with self._stopwatch.measure("decoding"):
@@ -144,23 +146,22 @@ class MediaDecoder:
 
     def _decode_jpegs(self, decoder: GpuJpegDecoder, samples: list[Sample]) -> list[Outcome]:
         """What the GPU reads is decoded there at once, the rest one after another by Pillow."""
-        contents = [_outcome(Sample.read_bytes, sample) for sample in samples]
-        headers = [None if isinstance(content, MediaError) else read_baseline(content) for content in contents]
-        plain: dict[int, tuple[bytes, BaselineJpeg]] = {
-            place: (content, header)
-            for place, (content, header) in enumerate(zip(contents, headers))
-            if not isinstance(content, MediaError) and header is not None and decoder.takes(header)
+        files = self._readers.read(samples)
+        plain = {
+            place: (file.content, file.header)
+            for place, file in enumerate(files)
+            if isinstance(file, JpegFile) and file.header is not None and decoder.takes(file.header)
         }
         pictures = dict(zip(plain, decoder.decode(list(plain.values()))))
 
         def finish(sample: Sample, place: int) -> Decoded:
-            content, picture = contents[place], pictures.get(place)
-            if isinstance(content, MediaError):
-                raise content
+            file, picture = files[place], pictures.get(place)
+            if isinstance(file, MediaError):
+                raise file
             if picture is None:
-                return self._decode_image(sample, content)
+                return self._decode_image(sample, bytes(file.content))
             width, height = plain[place][1].upright_size
-            return Decoded(sample, picture[None], (), _digest(content), width, height, None)
+            return Decoded(sample, picture, (), file.digest, width, height, None)
 
         return [_outcome(finish, sample, place) for place, sample in enumerate(samples)]
 
@@ -171,7 +172,7 @@ class MediaDecoder:
         width, height = share.size
         if (width > height) != (image.width > image.height):  # turned upright
             width, height = height, width
-        return Decoded(sample, pixels, (), _digest(content), width, height, None)
+        return Decoded(sample, pixels, (), digest_of(content), width, height, None)
 
     def _decode_video(self, sample: Sample) -> Decoded:
         frames = self._frames.read(sample, self._square.size)
@@ -226,16 +227,12 @@ def content_hash(sample: Sample) -> str:
         MediaError: it cannot be read.
     """
     if sample.offset is not None:
-        return _digest(sample.read_bytes())
+        return digest_of(sample.read_bytes())
     try:
         with open(sample.path, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     except OSError as error:
         raise MediaError(sample.path, os_reason(error)) from error
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _looks_like_jpeg(sample: Sample) -> bool:

@@ -29,32 +29,38 @@ TURNS = 3  # one decodes, one scales, one stands ready
 warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
 
 
+Encoded = tuple[bytes | memoryview, BaselineJpeg]
+
+
 class GpuJpegDecoder:
     """Decodes JPEGs as `open_image` and `square` would, on a device; several threads may use it at once.
 
     Args:
         square: how pictures are scaled.
         device: a GPU; on a CPU torchvision's libjpeg decodes.
+
+    Attributes:
+        device: as given.
     """
 
     def __init__(self, square: SquareTransform, device: torch.device) -> None:
         self._square = square
-        self._device = device
+        self.device = device
         self._turns = DeviceTurns(device, TURNS, urgent=True)
 
     def takes(self, header: BaselineJpeg) -> bool:
         """Whether a picture is small enough to lie on the device whole; Pillow reads a larger one at a fraction."""
         return header.pixels <= MAX_PIXELS and max(header.width, header.height) <= MAX_SIDE
 
-    def decode(self, files: Sequence[tuple[bytes, BaselineJpeg]]) -> list[Tensor | None]:
-        """Each file's upright picture, (3, S, S) uint8 on the device, complete; None of one that cannot be decoded.
+    def decode(self, files: Sequence[Encoded]) -> list[Tensor | None]:
+        """Each file's upright picture, (1, 3, S, S) uint8 on the device, complete; None of one that cannot be decoded.
 
         No more than `PIXELS_AT_ONCE`, or one picture, lie on the device at once for each of `TURNS` threads.
         """
         pictures: list[Tensor | None] = []
         with self._turns.turn() as stream:
             for part in _portions(files):
-                decoded = _decode([content for content, _ in part], self._device, stream)
+                decoded = _decode([content for content, _ in part], self.device, stream)
                 pictures += self._scale(decoded, [header.orientation for _, header in part])
         return pictures
 
@@ -66,7 +72,7 @@ class GpuJpegDecoder:
         scaled: list[Tensor | None] = [None] * len(decoded)
         for (_, orientation), places in alike.items():
             together = torch.stack([picture for place in places if (picture := decoded[place]) is not None])
-            for place, picture in zip(places, resize_batch(together, self._square, orientation)):
+            for place, picture in zip(places, resize_batch(together, self._square, orientation).split(1)):
                 scaled[place] = picture
         return scaled
 
@@ -86,7 +92,7 @@ def gpu_jpeg_decoder(square: SquareTransform, device: torch.device) -> GpuJpegDe
     return None if found[0] is None else decoder
 
 
-def _portions(files: Sequence[tuple[bytes, BaselineJpeg]]) -> Iterator[Sequence[tuple[bytes, BaselineJpeg]]]:
+def _portions(files: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
     """Runs of files of no more than `PIXELS_AT_ONCE` together, or one file."""
     ends = itertools.accumulate((header.pixels for _, header in files), initial=0)
     start = begun = 0
@@ -98,7 +104,9 @@ def _portions(files: Sequence[tuple[bytes, BaselineJpeg]]) -> Iterator[Sequence[
         yield files[start:]
 
 
-def _decode(contents: list[bytes], device: torch.device, stream: torch.cuda.Stream | None) -> list[Tensor | None]:
+def _decode(
+    contents: list[bytes | memoryview], device: torch.device, stream: torch.cuda.Stream | None
+) -> list[Tensor | None]:
     """(3, H, W) uint8 as stored, of each file; None of those that cannot be decoded, found by halving."""
     from torchvision.io import ImageReadMode, decode_jpeg
 

@@ -1,0 +1,110 @@
+"""Files read by other processes are those read by this one, whatever happens to the processes."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cots.data import file_readers
+from cots.data.file_readers import FileReaders, JpegFile, read_jpegs
+from cots.data.samples import Sample, iter_samples
+from cots.errors import MediaError
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> list[Sample]:
+    """Plain JPEGs, one with an orientation, one that is progressive, one that has gone and an empty one."""
+    rng = np.random.default_rng(0)
+    for place in range(20):
+        exif = Image.Exif()
+        exif[0x0112] = place % 8 + 1
+        picture = Image.fromarray(rng.integers(0, 256, (30 + place, 40, 3), dtype=np.uint8))
+        picture.save(tmp_path / f"{place:02}.jpg", exif=exif, progressive=place == 3)
+    found = list(iter_samples([tmp_path], print))
+    (tmp_path / "05.jpg").unlink()
+    (tmp_path / "06.jpg").write_bytes(b"")
+    return found
+
+
+@pytest.fixture
+def readers(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileReaders]:
+    monkeypatch.setattr(file_readers, "JOBS_BEFORE", 0)
+    readers = FileReaders(2)
+    yield readers
+    readers.close()
+
+
+def assert_same(found: list[JpegFile | MediaError], expected: list[JpegFile | MediaError]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected):
+        if isinstance(other, MediaError):
+            assert str(one) == str(other)
+        else:
+            assert isinstance(one, JpegFile)
+            assert bytes(one.content) == other.content
+            assert (one.digest, one.header) == (other.digest, other.header)
+
+
+def test_processes_read_what_this_one_reads(samples: list[Sample], readers: FileReaders) -> None:
+    expected = read_jpegs(samples)
+    assert sum(isinstance(file, MediaError) for file in expected) == 1
+    assert sum(isinstance(file, JpegFile) and file.header is None for file in expected) == 2
+    with ThreadPoolExecutor(6) as pool:
+        for found in pool.map(readers.read, [samples] * 12):
+            assert_same(found, expected)
+    assert_same(readers.read([]), [])
+    assert 1 <= len(readers._started) <= 2
+
+
+def test_members_of_a_shard_are_read(tmp_path: Path, samples: list[Sample], readers: FileReaders) -> None:
+    import tarfile
+
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        tar.add(samples[0].path, "a.jpg")
+        tar.add(samples[1].path, "b.jpg")
+    members = list(iter_samples([tmp_path / "shard.tar"], print))
+    assert_same(readers.read(members), read_jpegs(members))
+    assert readers.read(members)[1].content == Path(samples[1].path).read_bytes()  # type: ignore[union-attr]
+
+
+def test_what_a_killed_process_leaves_undone_is_read_here(samples: list[Sample], readers: FileReaders) -> None:
+    expected = read_jpegs(samples)
+    for _ in range(3):
+        assert_same(readers.read(samples), expected)
+        for process in readers._started:
+            process.kill()
+    assert_same(readers.read(samples), expected)
+
+
+def test_where_no_process_starts_all_is_read_here(
+    samples: list[Sample], readers: FileReaders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    monkeypatch.setattr(file_readers, "MOST_LOST", 3)
+    for _ in range(6):
+        assert_same(readers.read(samples), read_jpegs(samples))
+    assert not readers._processes
+
+
+def test_processes_end_with_their_readers(samples: list[Sample], readers: FileReaders) -> None:
+    readers.read(samples)
+    (process,) = readers._started
+    assert isinstance(process, subprocess.Popen)
+    assert process.poll() is None
+    readers.close()
+    assert process.poll() == 0
+    assert threading.active_count() < 50
+
+
+def test_small_jobs_start_no_process(samples: list[Sample]) -> None:
+    readers = FileReaders(2)
+    for _ in range(file_readers.JOBS_BEFORE):
+        readers.read(samples)
+    assert not readers._started
+    readers.close()
