@@ -21,6 +21,7 @@ from index.engine import check_engine, engine_facts, renew_engine
 from index.gallery import Gallery, create_gallery, open_gallery, writing
 from index.known import Change, KnownItems
 from index.listing import list_samples
+from index.place import TablePlace
 from index.workers import ProcessCrew
 from index.writer import TableWriter
 
@@ -68,6 +69,7 @@ def build(
     gallery_dir: str | Path,
     model: "RetrievalModel",
     *,
+    table: str | Path | None = None,
     prune: bool = False,
     batch_size: int | None = None,
     threads: int | None = None,
@@ -87,6 +89,8 @@ def build(
         sources: see `cots.data.samples.iter_samples`.
         gallery_dir: the gallery's directory; made if there is none.
         model: must be the one that built the gallery.
+        table: the folder, or the address in an object store, that is to hold a new gallery's table, see `index.place`;
+            by default the gallery's directory. A gallery that is there knows its own.
         prune: remove the items whose files are gone, from whichever source they came.
         batch_size, max_bad_share, progress: see `cots.embed.embed`.
         threads: cores that each process decodes with; by default all are shared out.
@@ -97,12 +101,14 @@ def build(
 
     Raises:
         SourceError: a source does not exist or holds no media; or too many files are unreadable.
-        GalleryError: another model built the gallery, another process is changing it, it cannot be written to, or
-            there is no such engine.
+        GalleryError: another model built the gallery, another process is changing it, it cannot be written to, there
+            is no such engine, or its table lies elsewhere, is another's or cannot be reached.
         MissingDependency: the engine needs FAISS, which is not installed.
     """
     check_engine(engine, recall_target)
     _require_directory(gallery_dir)
+    if table is not None:
+        TablePlace.parse(table)
     started = time.perf_counter()
     report = BuildReport()
 
@@ -114,7 +120,7 @@ def build(
     stream = list_samples(sources, failed, processes=1 if alone else cores())
     first = list(islice(stream, 1))  # a source that cannot be used says so here, before a gallery is made
     with _cluster(cluster) as ray, writing(gallery_dir) as directory:
-        gallery = create_gallery(directory, model)
+        gallery = create_gallery(directory, model, table)
         fresh = gallery.table.count_rows() == 0
         known = KnownItems(gallery)
         writer = TableWriter(gallery, _reserve_ids(gallery))
@@ -161,6 +167,7 @@ def remove(gallery_dir: str | Path, where: str) -> int:
     open_gallery(gallery_dir)
     with writing(gallery_dir) as directory:
         gallery = open_gallery(directory)
+        gallery.require_own_table()
         _reserve_ids(gallery)
         snapshot = gallery.snapshot
         items = np.unique(snapshot.items[snapshot.positions(gallery.ids(where))])
@@ -190,6 +197,7 @@ def info(gallery_dir: str | Path) -> dict[str, Any]:
         "format": manifest.format,
         "dtype": manifest.dtype,
         "created": manifest.created,
+        "table": gallery.place.address,
         "sources": sorted(set(snapshot.rows["source"].unique().to_pylist())),
     } | engine_facts(gallery)
 
@@ -198,8 +206,8 @@ def _require_directory(gallery_dir: str | Path) -> None:
     """Refuse an address: the lock, the manifest and what answers queries are files beside the table."""
     if "://" in str(gallery_dir):
         raise GalleryError(
-            f"The gallery {gallery_dir} is the address of an object store, where COTS keeps no galleries; give a "
-            "directory, which may lie on a file system that several machines share."
+            f"The gallery {gallery_dir} is the address of an object store; give a directory, and name the address "
+            f"for its table: --gallery DIR --table {gallery_dir}"
         )
 
 

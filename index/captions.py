@@ -58,9 +58,8 @@ def find_captions(gallery: "Gallery", text: str, limit: int) -> tuple[np.ndarray
     def search(table: Any) -> pa.Table:
         return table.search(text, query_type="fts").select(["id", "_score"]).limit(limit).to_arrow()
 
-    gallery.table.checkout_latest()
-    if caption_index(gallery) is None:
-        if not gallery.table.count_rows(f"{COLUMN} != ''"):
+    if gallery.read_latest(lambda table: caption_index(gallery)) is None:
+        if not gallery.read_latest(lambda table: table.count_rows(f"{COLUMN} != ''")):
             raise GalleryError(
                 f"The gallery {gallery.directory} has no captions to search; use --mode vector, or build it from a "
                 "source that has captions."

@@ -37,7 +37,7 @@ def check(gallery_dir: str | Path, model: "RetrievalModel | None" = None) -> lis
         problems.append(
             f"The model {model.name} ({model.fingerprint[:8]}) did not build the gallery ({built_by[:8]} did)."
         )
-    wanted, found = set(schema(gallery.manifest.dimension)), set(gallery.table.schema)
+    wanted, found = set(schema(gallery.manifest.dimension)), set(gallery.read_latest(lambda table: table.schema))
     if found != wanted:
         names = sorted({column.name for column in found ^ wanted})
         return [*problems, f"The table's columns are not those that the manifest implies: {', '.join(names)}."]

@@ -18,7 +18,10 @@ NONE_KEPT = timedelta(milliseconds=1)
 
 @dataclass(frozen=True)
 class CompactReport:
-    """Bytes on disk and fragments of the table, before and after."""
+    """Before and after: fragments of the table, and bytes of the table and of what is derived from it.
+
+    Of a table in an object store only what its latest version holds is counted.
+    """
 
     bytes_before: int
     bytes_after: int
@@ -38,13 +41,14 @@ def compact(gallery_dir: str | Path) -> CompactReport:
     open_gallery(gallery_dir)
     with writing(gallery_dir) as directory:
         gallery = open_gallery(directory)
-        before, fragments = _size(directory), _fragments(gallery)
+        gallery.require_own_table()
+        before, fragments = _size(gallery), _fragments(gallery)
         index_captions(gallery)
         gallery.table.optimize(cleanup_older_than=NONE_KEPT)
         remove_scratch(directory / FOLDER)
         compacted = open_gallery(directory)
         assert len(compacted.snapshot) == compacted.table.count_rows()
-        return CompactReport(before, _size(directory), fragments, _fragments(compacted))
+        return CompactReport(before, _size(compacted), fragments, _fragments(compacted))
 
 
 def tidy(gallery: Gallery, fresh: bool) -> None:
@@ -60,17 +64,21 @@ def tidy(gallery: Gallery, fresh: bool) -> None:
     remove_scratch(gallery.directory / FOLDER)
 
 
+def _statistics(gallery: Gallery) -> dict[str, Any]:
+    return gallery.table.stats()  # type: ignore[return-value]  # annotated as a class, is a dict
+
+
 def _fragments(gallery: Gallery) -> int:
-    statistics: dict[str, Any] = gallery.table.stats()  # type: ignore[assignment]  # annotated as a class, is a dict
-    return statistics["fragment_stats"]["num_fragments"]
+    return _statistics(gallery)["fragment_stats"]["num_fragments"]
 
 
-def _size(directory: Path) -> int:
-    """Bytes of all files that COTS writes there; media that lie in the gallery are not counted."""
-    folders = [path for path in directory.iterdir() if path.suffix == ".lance" or path.name == FOLDER]
-    return sum(
-        os.path.getsize(os.path.join(root, name))
-        for folder in folders
-        for root, _, names in os.walk(folder)
-        for name in names
-    )
+def _size(gallery: Gallery) -> int:
+    """See `CompactReport`. Media that lie in the gallery are not counted."""
+    derived, table = gallery.directory / FOLDER, gallery.place.folder
+    if table is None:
+        return _bytes_in(derived) + _statistics(gallery)["total_bytes"]
+    return _bytes_in(derived) + _bytes_in(table)
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(os.path.getsize(os.path.join(root, name)) for root, _, names in os.walk(folder) for name in names)

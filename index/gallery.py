@@ -1,5 +1,7 @@
 """A gallery: one directory with the LanceDB table of record, `manifest.json`, and what is derived from them.
 
+The table may lie elsewhere, see `index.place`; everything else is in the directory.
+
     gallery = cots.open_gallery("my-gallery")
     result = gallery.search("a red truck", k=10)
 
@@ -16,13 +18,15 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 
 from cots.data.shards import MEMBER_SEPARATOR, read_media
-from cots.errors import GalleryError, MissingDependency
+from cots.errors import GalleryError
 from index.manifest import Manifest
+from index.place import OWNER, TABLE, TablePlace, folder_mark, identity_of, is_store_fault, owner_of
 from index.snapshot import COLUMNS, Snapshot, load_snapshot
 
 if TYPE_CHECKING:
@@ -31,7 +35,6 @@ if TYPE_CHECKING:
     from cots.model.retrieval_model import RetrievalModel
     from index.search import Searcher, SearchResult
 
-TABLE = "vectors"
 LOCK = ".lock"
 READ_ROWS = 65_536  # at a time; of LanceDB's own 1,024, a million rows take half a second to pass through Python
 _LAST_VERSION = 2**64 - 1
@@ -72,33 +75,77 @@ def open_gallery(directory: str | Path) -> "Gallery":
         GalleryError: there is none, it is damaged, or a newer version of COTS wrote it.
     """
     directory = Path(directory).expanduser().absolute()
-    manifest = Manifest.read(directory)
-    if not (directory / f"{TABLE}.lance").is_dir():
-        raise GalleryError(f"The gallery {directory} has lost its table {TABLE}.lance; build a new one elsewhere.")
-    return Gallery(directory, manifest)
+    gallery = Gallery(directory, Manifest.read(directory))
+    folder = gallery.place.folder
+    if folder is not None and not folder.is_dir():
+        raise gallery.table_lost()
+    return gallery
 
 
-def create_gallery(directory: str | Path, model: "RetrievalModel") -> "Gallery":
-    """Open the gallery of this model in a directory, and make an empty one where there is none.
+def create_gallery(directory: str | Path, model: "RetrievalModel", table: str | Path | None = None) -> "Gallery":
+    """Open the gallery of this model in a directory for writing, and make an empty one where there is none.
+
+    The caller holds the lock, if the table may lie elsewhere.
+
+    Args:
+        directory: the gallery's.
+        model: must be the one that built the gallery.
+        table: the folder or the address that is to hold the table; None for what the gallery has, at first its folder.
 
     Raises:
-        GalleryError: it was built by another model, or the directory holds vectors of unknown origin.
+        GalleryError: it was built by another model, its table lies elsewhere or is not its own, or the directory holds
+            vectors of unknown origin.
     """
     directory = Path(directory).expanduser().absolute()
+    place = None if table is None else TablePlace.parse(table)
     if (directory / "manifest.json").is_file():
         gallery = open_gallery(directory)
+        if place is not None and place != gallery.place:
+            raise GalleryError(
+                f"The table of the gallery {directory} lies at {gallery.place.address}, not at {place.address}; "
+                "leave --table out, or build another gallery there."
+            )
         gallery.require(model)
+        gallery.require_own_table()
         return gallery
     directory.mkdir(parents=True, exist_ok=True)
     # The manifest comes after the table, so that what opens has one, and before the first row, whose meaning it is.
-    table = _lancedb().connect(str(directory)).create_table(TABLE, schema=schema(model.dimension), exist_ok=True)
-    if table.count_rows():
-        raise GalleryError(
-            f"{directory} holds vectors but no manifest.json to say what made them; use a new directory."
-        )
-    manifest = Manifest.for_model(model.name, model.fingerprint, model.dimension)
+    if place is None or place == TablePlace(str(directory)):
+        manifest = _with_table_inside(directory, model)
+    else:
+        manifest = _with_table_elsewhere(directory, model, place)
     manifest.write(directory)
     return Gallery(directory, manifest)
+
+
+def _with_table_inside(directory: Path, model: "RetrievalModel") -> Manifest:
+    place = TablePlace(str(directory))
+    table = place.open() or place.create(schema(model.dimension))
+    assert table is not None  # one of the two, because the caller holds the lock
+    _require_empty(table, place)
+    return Manifest.for_model(model.name, model.fingerprint, model.dimension)
+
+
+def _with_table_elsewhere(directory: Path, model: "RetrievalModel", place: TablePlace) -> Manifest:
+    """Make a table that is marked as this gallery's; one that is there is taken only if it bears the mark already."""
+    mark = folder_mark(directory / LOCK)
+    table = place.create(schema(model.dimension), identity=uuid4().hex, owner=mark) or place.open()
+    if table is None or owner_of(table) != mark:
+        raise GalleryError(
+            f"There is a table at {place.address} already, which another gallery made; "
+            "use its gallery, or name a place of its own for this one."
+        )
+    _require_empty(table, place)
+    return Manifest.for_model(model.name, model.fingerprint, model.dimension, place.address, identity_of(table))
+
+
+def _require_empty(table: "Table", place: TablePlace) -> None:
+    with place.faults_told():
+        rows = table.count_rows()
+    if rows:
+        raise GalleryError(
+            f"{place.address} holds vectors but no manifest.json to say what made them; use a new directory."
+        )
 
 
 class Gallery:
@@ -107,23 +154,70 @@ class Gallery:
     Attributes:
         directory: where it lies, absolute.
         manifest: the model that made it, and how vectors are kept.
+        place: where its table lies.
     """
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory = directory
         self.manifest = manifest
+        self.place = TablePlace(manifest.table or str(directory))
         self._roots = tuple({f"{root}/" for root in (directory, directory.resolve())})
         self._searcher: Searcher | None = None
 
     @cached_property
     def table(self) -> "Table":
-        """The LanceDB table of record. Its first use imports LanceDB."""
-        return _lancedb().connect(str(self.directory)).open_table(TABLE)
+        """The LanceDB table of record. Its first use imports LanceDB.
+
+        Raises:
+            GalleryError: it is lost, another lies in its place, or its store cannot be reached.
+        """
+        table = self.place.open()
+        if table is None or identity_of(table) != self.manifest.table_identity:
+            raise self.table_lost()
+        return table
+
+    def table_lost(self) -> GalleryError:
+        return GalleryError(
+            f"The gallery {self.directory} has lost its table {TABLE}.lance at {self.place.address}; "
+            "build a new one elsewhere."
+        )
+
+    def require_own_table(self) -> None:
+        """Refuse to write to a table that lies elsewhere unless this folder made it, and not one that it is a copy of.
+
+        Two copies of a folder have two locks, so that both could write at once and give the same ids. The caller holds
+        the lock.
+
+        Raises:
+            GalleryError: another folder writes to it; or see `table`.
+        """
+        if not self.manifest.table:
+            return
+        with self.place.faults_told():
+            self.table.checkout_latest()
+        if identity_of(self.table) != self.manifest.table_identity:
+            raise self.table_lost()
+        if owner_of(self.table) != folder_mark(self.directory / LOCK):
+            raise GalleryError(
+                f"The table at {self.place.address} is written to by another copy of the gallery {self.directory}; use "
+                f"that one, or, if nobody does any more: cots index adopt --gallery {self.directory}"
+            )
 
     @property
     def version(self) -> int:
-        """The latest version of the table, from the names of version files, which Lance counts down from 2^64 - 1."""
-        names = (path.stem for path in (self.directory / f"{TABLE}.lance" / "_versions").glob("*.manifest"))
+        """The latest version of the table.
+
+        In a folder it comes from the names of version files, which Lance counts down from 2^64 - 1, without LanceDB.
+
+        Raises:
+            GalleryError: the table's store cannot be reached.
+        """
+        folder = self.place.folder
+        if folder is None:
+            with self.place.faults_told():
+                self.table.checkout_latest()
+                return self.table.version
+        names = (path.stem for path in (folder / "_versions").glob("*.manifest"))
         return max((_LAST_VERSION - int(name) for name in names if name.isdecimal()), default=0)
 
     @cached_property
@@ -148,15 +242,17 @@ class Gallery:
 
         Raises:
             ValueError, RuntimeError, OSError: the reading failed though the version is there.
+            GalleryError: the table's store cannot be reached.
         """
-        while True:
-            self.table.checkout_latest()
-            version = self.table.version
-            try:
-                return read(self.table)
-            except (ValueError, RuntimeError, OSError):
-                if self.version == version:
-                    raise
+        with self.place.faults_told():
+            while True:
+                self.table.checkout_latest()
+                version = self.table.version
+                try:
+                    return read(self.table)
+                except (ValueError, RuntimeError, OSError):
+                    if self.version == version:
+                        raise
 
     def require(self, model: "RetrievalModel") -> None:
         """Refuse a model whose vectors cannot be compared with this gallery's.
@@ -239,6 +335,25 @@ class Gallery:
         return self._searcher.search(text, **query)
 
 
+def adopt_table(directory: str | Path) -> str:
+    """Let this copy of a gallery write to the table that another copy of it wrote to, which may not afterwards.
+
+    Returns:
+        the address of the table.
+
+    Raises:
+        GalleryError: there is no gallery, another process is changing it, its table lies in its own folder, or the
+            table's store cannot be reached.
+    """
+    open_gallery(directory)
+    with writing(directory) as folder:
+        gallery = open_gallery(folder)
+        if not gallery.manifest.table:
+            raise GalleryError(f"The table of the gallery {folder} lies in its own folder, which may write to it.")
+        gallery.table.update_field_metadata({"path": "id", "metadata": {OWNER: folder_mark(folder / LOCK)}})
+    return gallery.place.address
+
+
 @contextmanager
 def writing(directory: str | Path) -> Iterator[Path]:
     """Hold the lock of a gallery, whose directory is made if there is none, and give its absolute path.
@@ -246,12 +361,13 @@ def writing(directory: str | Path) -> Iterator[Path]:
     The kernel frees the lock when the process ends, however it ends.
 
     Raises:
-        GalleryError: another process holds it, or the directory cannot be written to.
+        GalleryError: another process holds it, the directory cannot be written to, or, while it is held, the store of
+            the table fails.
     """
     directory = Path(directory).expanduser().absolute()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / LOCK).open("w")
+        lock = (directory / LOCK).open("a")  # never emptied anew, which would give it another time: see `folder_mark`
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise GalleryError(f"The gallery {directory} cannot be written to ({reason}); choose another place.") from error
@@ -260,17 +376,14 @@ def writing(directory: str | Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise GalleryError(f"Another process is changing the gallery {directory}; wait until it ends.") from error
-        yield directory
+        try:
+            yield directory
+        except (RuntimeError, ValueError, OSError) as error:
+            if is_store_fault(error):
+                raise Gallery(directory, Manifest.read(directory)).place.fault(error) from error
+            raise
 
 
 def bad_filter(where: str, error: Exception, columns: list[str]) -> GalleryError:
     reason = str(error).strip().splitlines()[0].rstrip(".")
     return GalleryError(f"The filter {where!r} cannot be used ({reason}); the columns are: {', '.join(columns)}.")
-
-
-def _lancedb() -> Any:
-    try:
-        import lancedb
-    except ImportError as error:
-        raise MissingDependency("lancedb", "pip install 'cots[cpu]'") from error
-    return lancedb

@@ -10,7 +10,13 @@ from cots.errors import GalleryError
 
 FORMAT = 1
 NAME = "manifest.json"
-_LATER = ("requested", "recall_target", "structure")  # fields that manifests of format 1 need not have
+_LATER = (
+    "requested",
+    "recall_target",
+    "structure",
+    "table",
+    "table_identity",
+)  # fields that manifests of format 1 need not have
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,8 @@ class Manifest:
         next_id: ids that removed rows have had are below it, so that none is given twice.
         format: version of the gallery's layout.
         structure: the files of an approximate engine, how they were made, and what was measured; None of an exact one.
+        table: the folder or the address that holds the table; "" for the gallery's own folder.
+        table_identity: what a table that lies elsewhere is marked with, so that no other is taken for it.
     """
 
     model: str
@@ -73,12 +81,16 @@ class Manifest:
     next_id: int = 0
     format: int = FORMAT
     structure: "StructureRecord | None" = None
+    table: str = ""
+    table_identity: str = ""
 
     @classmethod
-    def for_model(cls, name: str, fingerprint: str, dimension: int) -> "Manifest":
+    def for_model(
+        cls, name: str, fingerprint: str, dimension: int, table: str = "", table_identity: str = ""
+    ) -> "Manifest":
         """The manifest of a new gallery."""
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(_findable(name), fingerprint, dimension, created=created)
+        return cls(_findable(name), fingerprint, dimension, created=created, table=table, table_identity=table_identity)
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":

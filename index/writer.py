@@ -3,9 +3,14 @@
 A killed build loses what had not been committed and nothing else. An item's rows travel in one commit. A changed item's
 new rows replace the old in one commit as well (a merge on `id` that also deletes the item's leftover rows), so there is
 no moment at which they are absent or double.
+
+The store of a table that lies elsewhere may fail between taking a commit and saying so. Rows are then written again by
+their ids, so that each is there once.
 """
 
+import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,10 +19,14 @@ import pyarrow.compute as pc
 
 from cots.data.samples import Sample
 from cots.embed import Embedded
+from cots.errors import GalleryError
 from index.gallery import Gallery, schema
+from index.place import is_outage
 
 COMMIT_ROWS = 16_384
 COMMIT_SECONDS = 10.0
+WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before a commit is tried again after a store did not answer
+log = logging.getLogger("cots")
 
 
 class TableWriter:
@@ -38,6 +47,7 @@ class TableWriter:
         self._rows = 0
         self._labels: dict[int, Sample] = {}
         self._committed = time.monotonic()
+        self._given_up = False
 
     def put(self, embedded: Embedded, item: int | None = None) -> None:
         """Add an item, or give a known item new content. The item keeps its id, which is that of its first row."""
@@ -52,9 +62,19 @@ class TableWriter:
         self._commit_when_due()
 
     def commit(self) -> None:
-        """Write what was collected."""
-        self._commit_rows()
-        self._commit_labels()
+        """Write what was collected; nothing after a commit that has failed.
+
+        Raises:
+            GalleryError: the store fails, or another copy of the gallery has taken the table over.
+        """
+        if self._given_up:
+            return
+        try:
+            self._commit_rows()
+            self._commit_labels()
+        except GalleryError:
+            self._given_up = True
+            raise
         self._committed = time.monotonic()
 
     def _commit_when_due(self) -> None:
@@ -70,15 +90,16 @@ class TableWriter:
         if replaced:
             self._merge(rows, leftovers=replaced)
         else:
-            self._gallery.table.add(rows)
-            self.commits += 1
+            self._write(lambda: self._gallery.table.add(rows), again=lambda: self._merger().execute(rows))
         self._results, self._items, self._rows = [], [], 0
 
     def _commit_labels(self) -> None:
         if not self._labels:
             return
         condition = f"item IN ({_listed(self._labels)})"
-        rows = self._gallery.table.search().where(condition).to_arrow().select(self._schema.names)
+        rows = self._gallery.read_latest(
+            lambda table: table.search().where(condition).to_arrow().select(self._schema.names)
+        )
         samples = [self._labels[item] for item in rows["item"].to_pylist()]
         columns = {
             "path": [self._gallery.stored_path(sample.path) for sample in samples],
@@ -96,11 +117,34 @@ class TableWriter:
         self._labels = {}
 
     def _merge(self, rows: pa.Table, leftovers: list[int] | None = None) -> None:
-        merge = self._gallery.table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+        merge = self._merger()
         if leftovers:
             merge = merge.when_not_matched_by_source_delete(f"item IN ({_listed(leftovers)})")
-        merge.execute(rows)
-        self.commits += 1
+        self._write(lambda: merge.execute(rows), lambda: merge.execute(rows))
+
+    def _merger(self) -> Any:
+        return self._gallery.table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+
+    def _write(self, first: Callable[[], Any], again: Callable[[], Any]) -> None:
+        """Commit by `first`; while the table's store does not answer, wait and commit by `again`, which may follow it.
+
+        Raises:
+            GalleryError: the store fails, or another copy of the gallery has taken the table over.
+        """
+        commit, waits = first, list(WAITS)
+        while True:
+            try:
+                with self._gallery.place.faults_told():
+                    self._gallery.require_own_table()
+                    commit()
+                self.commits += 1
+                return
+            except GalleryError as error:
+                if not waits or not is_outage(error.__cause__):
+                    raise
+                log.warning("%s It is tried again in %g seconds.", error, waits[0])
+                time.sleep(waits.pop(0))
+                commit = again
 
     def _new_rows(self) -> pa.Table:
         """The rows of all results, made column by column, which is several times as quick as row by row."""

@@ -32,6 +32,13 @@ def build(
     sources: Sources,
     gallery: GalleryDirectory,
     model: ModelOption = "embedded",
+    table: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|URI",
+            help="Where a new gallery's table is to lie: another folder, or s3://, gs:// or az://BUCKET/PREFIX.",
+        ),
+    ] = None,
     prune: Annotated[bool, typer.Option("--prune", help="Remove items whose files are gone.")] = False,
     batch_size: BatchSize = None,
     engine: Annotated[
@@ -58,6 +65,7 @@ def build(
             sources,
             gallery,
             load_model(model),
+            table=table,
             prune=prune,
             batch_size=batch_size,
             workers=workers,
@@ -137,6 +145,14 @@ def compact(gallery: GalleryDirectory) -> None:
         f"{gallery}: {report.bytes_before / 1e6:.1f} MB became {report.bytes_after / 1e6:.1f} MB, "
         f"{report.fragments_before} fragments {report.fragments_after}."
     )
+
+
+@app.command("adopt")
+def adopt(gallery: GalleryDirectory) -> None:
+    """Let this copy of a gallery write to its table outside, and no longer the copy that did."""
+    from index.gallery import adopt_table
+
+    typer.echo(f"{gallery} writes to {adopt_table(gallery)} from now on.")
 
 
 @app.command("duplicates")
