@@ -31,6 +31,10 @@ and 756 TFLOP/s of the tensor cores:
     second pass, 1,024 queries      15 blocks of 32 KB a query, 0.5 GB: 0.2 ms
 """
 
+import weakref
+from dataclasses import dataclass
+from threading import Lock
+
 import numpy as np
 import torch
 from torch.nn.functional import pad
@@ -46,8 +50,28 @@ GROUP = 64  # blocks
 FEW_QUERIES = 64  # precise ones cost nothing extra
 MOST_QUERIES = 1024
 MOST_RECORDED = 128  # hits; to choose more takes what cannot be recorded
+KEPT_FILTERS = 5  # of which one is no filter at all
+_NO_FILTER = np.empty(0, bool)
 SCRATCH = 2**30  # bytes that a search may take beside the vectors
 FEW_ALLOWED = 0.25  # if no larger share may be found, it is read, written and read again sooner than all vectors once
+
+
+@dataclass(frozen=True)
+class _Searched:
+    """What is looked at under a filter.
+
+    Attributes:
+        number: of a filter that is kept, which no other has.
+        rows: hold the vectors that are allowed and finite, `finite` many.
+        origin: (M,) int64, the position of each row if they are copies.
+        unusable: positions of vectors that are allowed but not finite.
+    """
+
+    number: int | None
+    rows: Rows
+    origin: torch.Tensor | None
+    finite: int
+    unusable: np.ndarray
 
 
 class ExactGpuIndex:
@@ -85,6 +109,9 @@ class ExactGpuIndex:
         self._unusable = np.empty(0, np.int64)  # positions of vectors that are not finite
         self._norm = 0.0  # the greatest of a vector
         self._recorded = RecordedSearches(self._width, self.device)
+        self._preparing = Lock()
+        self._prepared_so_far = 0
+        self._filters: list[tuple[weakref.ref[np.ndarray], _Searched]] = []
         self.append(vectors, ids)
 
     def __len__(self) -> int:
@@ -113,6 +140,7 @@ class ExactGpuIndex:
             raise self._too_large(count) from error
         vectors[: self._count] = self._vectors[: self._count]
         self._vectors = vectors
+        self._filters.clear()
 
     def append(self, vectors: np.ndarray | torch.Tensor, ids: np.ndarray) -> None:
         """Add M vectors behind the others, which stay where they are as long as there is room.
@@ -143,6 +171,7 @@ class ExactGpuIndex:
             self._ids = np.concatenate([self.ids, np.empty(len(self._vectors) - self._count, np.int64)])
         self._ids[self._count : end] = ids
         self._count, self._unusable, self._norm = end, np.concatenate(unusable), norm
+        self._filters.clear()
 
     def _put(self, start: int, block: torch.Tensor) -> tuple[np.ndarray, float]:
         """Store vectors (M, D) float16. Those that are not finite become zero, and are never looked at.
@@ -169,6 +198,9 @@ class ExactGpuIndex:
     def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The k best rows of each query; see `index.exact.ExactIndex.search`.
 
+        A filter that is asked with often should be read-only (`allowed.flags.writeable = False`): the last few such are
+        kept on the device, as long as nothing is appended, and must not change.
+
         Raises:
             GalleryError: the queries have another dimension or are not finite, or the device's memory is full.
         """
@@ -184,72 +216,76 @@ class ExactGpuIndex:
 
     def _best(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Scores and ids (Q, K): the best vectors that are finite, then those that are not."""
-        usable = None if allowed is None and not len(self._unusable) else self._uploaded(allowed)
-        eligible = self._count if allowed is None else int(np.count_nonzero(allowed))
-        unusable = self._unusable if allowed is None else self._unusable[allowed[self._unusable]]
-        k = min(k, eligible)
-        finite = eligible - len(unusable)
-        found = min(k, finite)
+        searched = self._searched_for(allowed)
+        k = min(k, searched.finite + len(searched.unusable))
+        found = min(k, searched.finite)
         scores = np.full((len(queries), k), np.nan, np.float32)
         positions = np.empty((len(queries), k), np.int64)
-        positions[:, found:] = unusable[: k - found]
+        positions[:, found:] = searched.unusable[: k - found]
         if found and len(queries):
-            if usable is None and self._is_recorded(len(queries), found):
-                best = self._recorded.answer(
-                    queries,
-                    (self.passes, self._count, self._vectors.data_ptr(), found),
-                    lambda asked: self._search(Rows(self._vectors, self._count), asked, found, precise=True)[:2],
-                )
-            else:
-                best = self._answers(queries, found, usable, finite)
-            scores[:, :found], positions[:, :found] = best
+            is_recorded = searched.number is not None and len(queries) <= FEW_QUERIES and found <= MOST_RECORDED
+            answer = self._recorded_answer if is_recorded and self.device.type == "cuda" else self._answers
+            scores[:, :found], positions[:, :found] = answer(searched, queries, found)
         return scores, self._ids[positions]
 
-    def _is_recorded(self, queries: int, k: int) -> bool:
-        return self.device.type == "cuda" and queries <= FEW_QUERIES and k <= MOST_RECORDED and self.passes.rounds
+    def _recorded_answer(self, searched: "_Searched", queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        def search(asked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            scores, places, _ = self._search(searched.rows, asked, k, precise=True)
+            return scores, places if searched.origin is None else searched.origin[places]
 
-    def _uploaded(self, allowed: np.ndarray | None) -> torch.Tensor:
-        """(capacity,) bool on the device: the vectors that are finite and allowed. The copy may still be on its way."""
-        capacity = len(self._vectors)
-        if allowed is None:
-            usable = torch.arange(capacity, device=self.device) < self._count
-        else:
-            # pinned memory is kept by torch for the next filter; fresh memory takes longer to get than to fill
-            staged = torch.empty(capacity, dtype=torch.bool, pin_memory=self.device.type == "cuda")
-            staged[: self._count] = torch.from_numpy(allowed)
-            staged[self._count :] = False
-            usable = staged.to(self.device, non_blocking=True)
-        if len(self._unusable):
-            usable[torch.from_numpy(self._unusable).to(self.device)] = False
-        return usable
+        return self._recorded.answer(queries, (self.passes, searched.number, k), search)
 
-    def _answers(
-        self, queries: np.ndarray, k: int, usable: torch.Tensor | None, eligible: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and positions (Q, k) of the best of the usable vectors, `eligible` many and at least k."""
-        rows, origin = self._searched(usable, eligible)
+    def _answers(self, searched: "_Searched", queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and positions (Q, k) of the best."""
+        rows = searched.rows
         asked = torch.tensor(queries, device=self.device)
         if self._dimension < self._width:
             asked = pad(asked, (0, self._width - self._dimension))
         parts = [self._answer(rows, part, k) for part in asked.split(self._batch(rows, k))]
         scores, places = (torch.cat(part) for part in zip(*parts, strict=True))
-        if origin is not None:
-            places = origin[places]
+        if searched.origin is not None:
+            places = searched.origin[places]
         return scores.cpu().numpy(), places.cpu().numpy()
 
-    def _searched(self, usable: torch.Tensor | None, eligible: int) -> tuple[Rows, torch.Tensor | None]:
-        """What is looked at: all vectors, all of them with a mask, or a copy of the few that are usable and where
-        these come from."""
-        if usable is None:
-            return Rows(self._vectors, self._count), None
-        if eligible > FEW_ALLOWED * self._count or 2 * self._width * eligible > SCRATCH:
-            return Rows(self._vectors, self._count, _as_bits(usable)), None
-        origin = usable.nonzero().flatten()
+    def _searched_for(self, allowed: np.ndarray | None) -> "_Searched":
+        """What is looked at for a filter, made now or, for one that cannot change, before."""
+        if allowed is not None and allowed.flags.writeable:
+            return self._prepared(allowed, None)
+        wanted = _NO_FILTER if allowed is None else allowed
+        with self._preparing:
+            for place, (known, searched) in enumerate(self._filters):
+                if known() is wanted:
+                    self._filters.append(self._filters.pop(place))
+                    return searched
+            self._prepared_so_far += 1
+            searched = self._prepared(allowed, self._prepared_so_far)
+            self._filters = [*self._filters[1 - KEPT_FILTERS :], (weakref.ref(wanted), searched)]
+            return searched
+
+    def _prepared(self, allowed: np.ndarray | None, number: int | None) -> "_Searched":
+        """All vectors, all of them with a mask, or a copy of the few that may be found and where these come from."""
+        unusable = self._unusable if allowed is None else self._unusable[allowed[self._unusable]]
+        finite = (self._count if allowed is None else int(np.count_nonzero(allowed))) - len(unusable)
+        if allowed is None and not len(unusable):
+            return _Searched(number, Rows(self._vectors, self._count), None, finite, unusable)
+        usable = np.ones(self._count, bool) if allowed is None else allowed
+        if len(unusable):
+            usable = usable.copy()
+            usable[unusable] = False
+        packed = np.packbits(usable, bitorder="little")
+        bits = torch.zeros(len(self._vectors) // 8, dtype=torch.uint8, device=self.device)
+        bits[: len(packed)] = torch.from_numpy(packed)
+        most = SCRATCH if number is None else SCRATCH // KEPT_FILTERS
+        if finite > FEW_ALLOWED * self._count or 2 * self._width * finite > most:
+            rows = Rows(self._vectors, self._count, bits.view(torch.int32))
+            return _Searched(number, rows, None, finite, unusable)
+        every = torch.arange(8, dtype=torch.uint8, device=self.device)
+        origin = ((bits[:, None] >> every) & 1).flatten().nonzero().flatten()
         capacity = -(-len(origin) // LARGEST_TILE) * LARGEST_TILE
         few = self._vectors.new_empty(capacity, self._width)
         torch.index_select(self._vectors, 0, origin, out=few[: len(origin)])
         few[len(origin) :] = 0
-        return Rows(few, len(origin)), origin
+        return _Searched(number, Rows(few, len(origin)), origin, finite, unusable)
 
     def _batch(self, rows: Rows, k: int) -> int:
         """How many queries are answered at once, so that what is kept of each stays within `SCRATCH`."""
@@ -314,12 +350,6 @@ def _as_halves(vectors: np.ndarray | torch.Tensor) -> torch.Tensor:
         return vectors.half()
     with np.errstate(over="ignore"):  # what becomes infinite is told apart later
         return torch.from_numpy(np.array(vectors, dtype=np.float16))
-
-
-def _as_bits(mask: torch.Tensor) -> torch.Tensor:
-    """(N,) bool, N a multiple of 32 -> (N / 32,) int32, the first in the lowest bit of each word."""
-    eights = mask.view(torch.int64) * 0x0102040810204080  # which gathers the eight bytes' lowest bits in the highest
-    return (eights >> 56).to(torch.uint8).view(torch.int32)
 
 
 def _chosen(k: int) -> int:

@@ -23,7 +23,7 @@ NEGATIVE_WEIGHT = 0.5
 KINDS = ("image", "video")
 MODES = ("vector", "text", "hybrid")
 FUSED = 100  # items of each ranking that are fused, at least
-CONDITIONS = 4  # whose rows are kept for the next query, as long as nobody writes
+FILTERS = 4  # whose rows are kept for the next query, as long as nobody writes
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Searcher:
         self.snapshot = gallery.snapshot
         self.index = open_engine(gallery, model)
         self._sentences = single_core_threads(1, "sentences")
-        self._matching = lru_cache(CONDITIONS)(self._matching_rows)
+        self._filter = lru_cache(FILTERS)(self._filtered_rows)
 
     def search(
         self,
@@ -187,22 +187,24 @@ class Searcher:
         """Which rows may be found: (N,) bool, or None for all."""
         if where is None and kind is None and like is None:
             return None
-        allowed = np.ones(len(self.snapshot), bool)
-        if kind is not None:
-            if kind not in KINDS:
-                raise GalleryError(f"There is no kind {kind!r}; ask for image or video.")
-            allowed &= self.snapshot.videos == (kind == "video")
-        if where is not None:
-            allowed &= self._matching(where, self.gallery.version)
+        if kind is not None and kind not in KINDS:
+            raise GalleryError(f"There is no kind {kind!r}; ask for image or video.")
+        allowed = self._filter(where, kind, self.gallery.version)
         if like is not None:
+            allowed = allowed.copy()
             allowed[self.snapshot.rows_of(self.gallery.row(like)["item"])] = False
         return allowed
 
-    def _matching_rows(self, where: str, version: int) -> np.ndarray:
-        """(N,) bool, for which rows a condition holds as of a version of the table."""
-        matching = np.zeros(len(self.snapshot), bool)
-        matching[self.snapshot.positions(self.gallery.ids(where))] = True
-        return matching
+    def _filtered_rows(self, where: str | None, kind: str | None, version: int) -> np.ndarray:
+        """(N,) bool, read-only: the rows of a kind for which a condition holds as of a version of the table."""
+        rows = np.ones(len(self.snapshot), bool)
+        if where is not None:
+            rows[:] = False
+            rows[self.snapshot.positions(self.gallery.ids(where))] = True
+        if kind is not None:
+            rows &= self.snapshot.videos == (kind == "video")
+        rows.flags.writeable = False  # an engine may keep what it makes of it
+        return rows
 
     def _best_items(self, query: np.ndarray, k: int, allowed: np.ndarray | None) -> list[tuple[int, float]]:
         """The k best items, each with its best row's score. Rows are fetched until they hold k items or run out."""

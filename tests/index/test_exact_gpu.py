@@ -102,6 +102,33 @@ def test_what_is_appended_is_found(sizes: list[int], share: float | None, seed: 
     assert_exact(index, vectors, asked, 7, allowed)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+def test_filters_that_cannot_change_are_kept_until_something_is_appended(device: str) -> None:
+    rng = np.random.default_rng(16)
+    vectors = unit_vectors(rng, 6000, 32).astype(np.float16)
+    vectors[7] = np.nan
+    sound = np.ones(6000, bool)
+    sound[7] = False
+    passes = TorchPasses(block=16) if device == "cpu" else None
+    index = filled(vectors[:5000], passes, device)
+    queries = unit_vectors(rng, 3, 32)
+    for turn in range(40):  # more filters than are kept, some at the address of one that has gone
+        allowed = (rng.random(5000) < (0.01, 0.5, 0.9)[turn % 3]) & sound[:5000]
+        allowed.flags.writeable = False
+        for _ in range(3):
+            assert_exact(index, vectors[:5000], queries, 10, allowed)
+            assert_exact(index, vectors[:5000], queries, 10, sound[:5000].copy())
+        assert len(index._filters) <= exact_gpu.KEPT_FILTERS
+    kept = sound[:5000].copy()
+    kept.flags.writeable = False
+    assert_exact(index, vectors[:5000], queries, 10, kept)
+    index.append(vectors[5000:], 1000 + np.arange(5000, 6000))
+    sound.flags.writeable = False
+    for _ in range(3):
+        assert_exact(index, vectors, queries, 10, sound)
+        np.testing.assert_array_equal(index.search(queries, 10)[1], index.search(queries, 10, sound)[1])
+
+
 def test_tensors_are_taken_as_they_are() -> None:
     vectors = unit_vectors(np.random.default_rng(14), 300, 8).astype(np.float16)
     index = ExactGpuIndex(torch.from_numpy(vectors).float(), 1000 + np.arange(300), "cpu")

@@ -79,14 +79,19 @@ def test_fp32_steps_are_those_of_the_cpu_and_bf16_steps_near_them(make_config: M
     assert losses["bf16"] == pytest.approx(losses["cpu"], rel=0.05)
 
 
-def test_a_compiled_run_with_every_level_compiles_once(make_config: MakeConfig, every_level: dict) -> None:
+def test_a_compiled_run_with_every_level_compiles_nothing_after_its_first_steps(make_config: MakeConfig, every_level: dict) -> None:
     training = {"device": "cuda", "compile": True, "averaging": 0.9}
     config = make_config(objective=every_level, data={"captions_per_item": 2}, training=training)
     program = (
         "import sys, torch\n"
         "from cots.config import read_config\n"
+        "from pretrain.step import TrainingStep\n"
         "from pretrain.trainer import pretrain\n"
-        "torch._dynamo.config.error_on_recompile = True\n"
+        "take = TrainingStep.take\n"
+        "def watched(stepper, batch, step, steps):\n"
+        "    torch._dynamo.config.error_on_recompile = step >= 2\n"
+        "    return take(stepper, batch, step, steps)\n"
+        "TrainingStep.take = watched\n"
         "pretrain(read_config(sys.argv[1]))\n"
     )
     _train([sys.executable, "-c", program, _command(config)[-1]])
