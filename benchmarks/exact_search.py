@@ -5,9 +5,9 @@
 
 The vectors are drawn on the GPU: 4,096 random centres with noise of norm 1 about them, scaled to unit norm; a query is
 one of them with noise of norm 0.5. A time is the median over `--runs` calls after warm-up of what a caller waits for:
-queries as an array of the CPU go in, scores and ids come out (`ExactGpuIndex`, FAISS), masks as arrays of bool
-included, unless it says that the filter, a read-only one, is kept from the query before; torch and the floors are timed with CUDA events. Before anything is timed, hits are compared with those of
-float32 brute force.
+queries as an array of the CPU go in, scores and ids come out (`ExactGpuIndex`, FAISS), filters as arrays of bool
+included, except where a read-only one is kept from the query before; torch and the floors are timed with CUDA events.
+Before anything is timed, hits are compared with those of float32 brute force.
 """
 
 import argparse

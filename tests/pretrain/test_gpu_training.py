@@ -79,7 +79,7 @@ def test_fp32_steps_are_those_of_the_cpu_and_bf16_steps_near_them(make_config: M
     assert losses["bf16"] == pytest.approx(losses["cpu"], rel=0.05)
 
 
-def test_a_compiled_run_with_every_level_compiles_nothing_after_its_first_steps(make_config: MakeConfig, every_level: dict) -> None:
+def test_a_compiled_run_compiles_nothing_after_its_first_steps(make_config: MakeConfig, every_level: dict) -> None:
     training = {"device": "cuda", "compile": True, "averaging": 0.9}
     config = make_config(objective=every_level, data={"captions_per_item": 2}, training=training)
     program = (
