@@ -129,8 +129,8 @@ class TablePlace:
     def fault(self, error: Exception) -> GalleryError:
         """A store's fault as a sentence."""
         return GalleryError(
-            f"The table at {self.address} cannot be used ({_meaning(str(error))}); what it holds is not changed, "
-            "and the same command can be run again."
+            f"The table at {self.address} cannot be used ({_meaning(str(error))}); nothing that it holds is lost, "
+            "mend that and run the same command again."
         )
 
     def _connect(self) -> Any:
@@ -178,4 +178,5 @@ def _meaning(text: str) -> str:
             return meaning
     if re.search(OUTAGE, text):
         return "it cannot be reached"
+    text = re.sub(r"\?\S+", "", text)  # of an address, where Azure takes a signature
     return " ".join(text.split())[-200:].rstrip(".")
