@@ -78,7 +78,7 @@ def open_gallery(directory: str | Path) -> "Gallery":
     gallery = Gallery(directory, Manifest.read(directory))
     folder = gallery.place.folder
     if folder is not None and not folder.is_dir():
-        raise gallery.table_lost()
+        raise gallery._table_lost()
     return gallery
 
 
@@ -173,10 +173,10 @@ class Gallery:
         """
         table = self.place.open()
         if table is None or identity_of(table) != self.manifest.table_identity:
-            raise self.table_lost()
+            raise self._table_lost()
         return table
 
-    def table_lost(self) -> GalleryError:
+    def _table_lost(self) -> GalleryError:
         return GalleryError(
             f"The gallery {self.directory} has lost its table {TABLE}.lance at {self.place.address}; "
             "build a new one elsewhere."
@@ -196,7 +196,7 @@ class Gallery:
         with self.place.faults_told():
             self.table.checkout_latest()
         if identity_of(self.table) != self.manifest.table_identity:
-            raise self.table_lost()
+            raise self._table_lost()
         if owner_of(self.table) != folder_mark(self.directory / LOCK):
             raise GalleryError(
                 f"The table at {self.place.address} is written to by another copy of the gallery {self.directory}; use "

@@ -142,7 +142,9 @@ class TableWriter:
             except GalleryError as error:
                 if not waits or not is_outage(error.__cause__):
                     raise
-                log.warning("%s It is tried again in %g seconds.", error, waits[0])
+                log.warning(
+                    "%s did not answer; a commit is tried again in %g s.", self._gallery.place.address, waits[0]
+                )
                 time.sleep(waits.pop(0))
                 commit = again
 

@@ -3,13 +3,21 @@
 import threading
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import boto3
+import numpy as np
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
+from cots.model.retrieval_model import RetrievalModel
+from index.build import build
+from index.check import check
+from index.gallery import open_gallery
+
 BUCKET = "pictures"
+TABLE = f"s3://{BUCKET}/galleries/one"
 
 
 class _Silent(WSGIRequestHandler):
@@ -83,3 +91,20 @@ class ObjectStore:
             return [b""]
         start_response(*head[0])
         return answer
+
+
+def rows_by_path(gallery: Path) -> dict[str, np.ndarray]:
+    """The vectors of each file; as many as the table has rows for it."""
+    snapshot = open_gallery(gallery).snapshot
+    paths = np.array(snapshot.rows["path"].to_pylist())
+    return {path: snapshot.vectors[paths == path] for path in set(paths.tolist())}
+
+
+def assert_holds_each_file_once(gallery: Path, photos: Path, tmp_path: Path, model: RetrievalModel) -> None:
+    """As a gallery that nothing disturbed."""
+    build([photos], tmp_path / "undisturbed", model)
+    found, expected = rows_by_path(gallery), rows_by_path(tmp_path / "undisturbed")
+    assert check(gallery) == []
+    assert found.keys() == expected.keys()
+    for path in expected:
+        np.testing.assert_allclose(found[path], expected[path], atol=2e-3)
