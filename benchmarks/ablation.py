@@ -28,11 +28,11 @@ import numpy as np
 CONFIG = Path(__file__).parents[1] / "configs" / "ablation.yaml"
 QUEUES = ["objective.contrastive.queue_size=12800"]
 TOKENS = [
-    "objective.masked_modeling.image_weight=0.1",
-    "objective.masked_modeling.text_weight=0.1",
+    "objective.masked_modeling.image_weight=0.05",
+    "objective.masked_modeling.text_weight=0.2",
 ]
-ALIGNMENT = ["objective.task_alignment.weight=0.5"]
-FILTER = ["objective.noise_filter.queue_size=6000"]
+ALIGNMENT = ["objective.task_alignment.weight=0.1"]
+FILTER = ["objective.noise_filter.queue_size=6000", "objective.noise_filter.deviations=0.5"]
 ARMS: dict[str, list[str]] = {
     "contrastive only": [],
     "+ momentum queues": QUEUES,

@@ -5,7 +5,6 @@ is the same for any number of ranks, and a run can go on at any step.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from cots.data.square_transform import SquareTransform
 from cots.data.transforms import mentions_side
 from cots.errors import MediaError, SourceError
 from cots.model.caption_tokenizer import CaptionTokenizer
-from pretrain.loader import CLIP_FRAMES, Batch, PairSource, StepSampler, item_id
+from pretrain.loader import CLIP_FRAMES, Batch, PairSource, StepSampler, item_id, unchanged
 
 _CAPTIONS = 16  # of an item take part in the draw
 _SEGMENT_FRAMES = 3  # of a clip are kept for each frame that a step draws from it
@@ -51,7 +50,7 @@ class PixelCache:
         loader = DataLoader(
             _Squares(sources, config.cache_side, config.frames_per_item),
             batch_size=None,
-            collate_fn=_unchanged,
+            collate_fn=unchanged,
             num_workers=config.workers,
             generator=torch.Generator(),
             prefetch_factor=16 if config.workers else None,
@@ -80,11 +79,6 @@ class PixelCache:
 
 
 _Item = tuple[np.ndarray, list[str], int, tuple[str, str] | None]
-
-
-def _unchanged(item: Any) -> Any:
-    """Arrays come from another process in its pipe; a tensor brings a file descriptor, which takes longer than that."""
-    return item
 
 
 class _Squares(Dataset[_Item]):

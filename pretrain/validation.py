@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -14,12 +15,12 @@ from cots.errors import ConfigError, MediaError
 from cots.evaluation.metrics import rank_embeddings, recall_sum, summary
 from cots.model.caption_tokenizer import CaptionTokenizer
 from cots.model.dual_encoder import DualEncoder
-from pretrain.loader import PairSource, item_id, open_source
+from pretrain.loader import PairSource, item_id, open_source, unchanged
 
 Metrics = dict[str, dict[str, float]]
 
 
-class ValidationFrames(Dataset[Tensor]):
+class ValidationFrames(Dataset[np.ndarray]):
     """Pictures (one frame) and clips of a source through the exact transform: (F, 3, S, S) uint8.
 
     A bad one is an error: recall over fewer items could not be compared.
@@ -32,12 +33,12 @@ class ValidationFrames(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> np.ndarray:
         try:
             frames = self.source.read(index).evaluation_frames(self.transform.size)
         except MediaError as error:
             raise MediaError(self.source.name(index), error.reason) from error
-        return torch.stack([self.transform(frame) for frame in frames])
+        return torch.stack([self.transform(frame) for frame in frames]).numpy()
 
 
 @dataclass
@@ -101,7 +102,10 @@ class Validation:
             source = open_source(config)
             captions = captions_of(source)
             frames = ValidationFrames(source, transform)
-            items = list(DataLoader(frames, batch_size=None, num_workers=workers, generator=torch.Generator()))
+            loader = DataLoader(
+                frames, batch_size=None, collate_fn=unchanged, num_workers=workers, generator=torch.Generator()
+            )
+            items = [torch.from_numpy(array) for array in loader]
             self._sets.append(
                 _ValidationSet(
                     config.path,

@@ -87,7 +87,8 @@ class MediaDecoder:
         self._square = square
         self._frames = frames
         self._gpu_jpegs = gpu_jpegs
-        self._readers = FileReaders(PROCESSES if gpu_jpegs is not None and gpu_jpegs.device.type == "cuda" else 0)
+        on_gpu = gpu_jpegs is not None and gpu_jpegs.device.type == "cuda"
+        self._readers = FileReaders(PROCESSES if on_gpu else 0, BYTES_A_GPU_JOB)
         self._stopwatch = stopwatch
         self._workers = workers
         # An image in flight counts 1, a video as many as there are images in flight for each worker: so there are
@@ -146,24 +147,24 @@ class MediaDecoder:
 
     def _decode_jpegs(self, decoder: GpuJpegDecoder, samples: list[Sample]) -> list[Outcome]:
         """What the GPU reads is decoded there at once, the rest one after another by Pillow."""
-        files = self._readers.read(samples)
-        plain = {
-            place: (file.content, file.header)
-            for place, file in enumerate(files)
-            if isinstance(file, JpegFile) and file.header is not None and decoder.takes(file.header)
-        }
-        pictures = dict(zip(plain, decoder.decode(list(plain.values()))))
+        with self._readers.read(samples) as files:
+            plain = {
+                place: (file.content, file.header)
+                for place, file in enumerate(files)
+                if isinstance(file, JpegFile) and file.header is not None and decoder.takes(file.header)
+            }
+            pictures = dict(zip(plain, decoder.decode(list(plain.values()))))
 
-        def finish(sample: Sample, place: int) -> Decoded:
-            file, picture = files[place], pictures.get(place)
-            if isinstance(file, MediaError):
-                raise file
-            if picture is None:
-                return self._decode_image(sample, bytes(file.content))
-            width, height = plain[place][1].upright_size
-            return Decoded(sample, picture, (), file.digest, width, height, None)
+            def finish(sample: Sample, place: int) -> Decoded:
+                file, picture = files[place], pictures.get(place)
+                if isinstance(file, MediaError):
+                    raise file
+                if picture is None:
+                    return self._decode_image(sample, bytes(file.content))
+                width, height = plain[place][1].upright_size
+                return Decoded(sample, picture, (), file.digest, width, height, None)
 
-        return [_outcome(finish, sample, place) for place, sample in enumerate(samples)]
+            return [_outcome(finish, sample, place) for place, sample in enumerate(samples)]
 
     def _decode_image(self, sample: Sample, content: bytes) -> Decoded:
         with self._large.share() as share:

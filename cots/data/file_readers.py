@@ -1,29 +1,31 @@
 """Files read, hashed and looked into by processes of their own, for a decoder that is quicker than Python's threads.
 
 A GPU decodes ten thousand JPEGs a second. To open, read and hash a file gives the interpreter's lock away and takes it
-back ten times, and of sixteen threads that do so each waits for the others; so that is done elsewhere, and what comes
-back is one block of bytes for many files.
+back ten times, and of sixteen threads that do so each waits for the others; so that is done elsewhere, in memory that
+both sides see.
 
-    python -m cots.data.file_readers     # such a process: requests on its standard input, answers on its output
+    python -m cots.data.file_readers DESCRIPTOR BYTES     # such a process: requests on its standard input
 """
 
-import contextlib
 import hashlib
+import mmap
 import os
 import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import IO, Any
 
 from cots.data.jpeg_header import BaselineJpeg, read_baseline
 from cots.data.samples import Sample
 from cots.errors import MediaError
 
-PROCESSES = 4
+PROCESSES = 8
 MOST_LOST = 16  # processes, before no more are started
 JOBS_BEFORE = 4  # which are done before a process would have started
 _SIZE_BYTES = 8
@@ -68,77 +70,99 @@ class FileReaders:
 
     Args:
         processes: how many; 0 reads in the calling thread.
+        room: bytes that a process holds for its caller, in memory that both see; a job of more is the caller's own.
     """
 
-    def __init__(self, processes: int) -> None:
-        self._free: SimpleQueue[subprocess.Popen[bytes] | None] = SimpleQueue()
-        self._started: list[subprocess.Popen[bytes]] = []
-        self._processes = processes
+    def __init__(self, processes: int, room: int) -> None:
+        self._room = room
+        self._free: SimpleQueue[_Reader | None] = SimpleQueue()
+        self._started: list[_Reader] = []
+        self._processes = processes if os.name == "posix" else 0
         self._jobs = self._lost = 0
         for _ in range(processes):
             self._free.put(None)
 
-    def read(self, samples: Sequence[Sample]) -> list[JpegFile | MediaError]:
-        """See `read_jpegs`."""
+    @contextmanager
+    def read(self, samples: Sequence[Sample]) -> Iterator[list[JpegFile | MediaError]]:
+        """See `read_jpegs`. The contents are valid until the end of the `with` block."""
         self._jobs += 1
         if not self._processes or self._jobs <= JOBS_BEFORE:
-            return read_jpegs(samples)
-        process = self._free.get()
+            yield read_jpegs(samples)
+            return
+        reader = self._free.get()
         try:
-            if process is None or process.poll() is not None:
-                process = self._start()
-            return _ask(process, samples)
-        except (OSError, EOFError, pickle.UnpicklingError):
-            self._lost += 1
-            if self._lost > MOST_LOST:
-                self._processes = 0
-            if process is not None:
-                process.kill()
-            return read_jpegs(samples)
+            try:
+                if reader is None or reader.process.poll() is not None:
+                    reader = self._start()
+                files = reader.read(samples)
+            except (OSError, EOFError, pickle.UnpicklingError):
+                self._lost += 1
+                if self._lost > MOST_LOST:
+                    self._processes = 0
+                files = read_jpegs(samples)
+            yield files
         finally:
-            self._free.put(process)
+            self._free.put(reader)
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-        self._started.append(process)
-        return process
+    def _start(self) -> "_Reader":
+        reader = _Reader(self._room)
+        self._started.append(reader)
+        return reader
 
     def close(self) -> None:
         """End the processes; nobody may be reading."""
-        with contextlib.suppress(Empty):
-            while True:
-                self._free.get_nowait()
-        for process in self._started:
-            for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):
-                    _open(pipe).close()  # without its input it ends
-            process.wait()
+        for reader in self._started:
+            reader.close()
 
 
-def _ask(process: "subprocess.Popen[bytes]", samples: Sequence[Sample]) -> list[JpegFile | MediaError]:
-    requests, answers = _open(process.stdin), _open(process.stdout)
-    _send(requests, [(sample.path, sample.offset, sample.size) for sample in samples])
-    described = _receive(answers)
-    block = memoryview(bytearray(sum(size for size, *_ in described)))
-    _fill(answers, block)
-    files: list[JpegFile | MediaError] = []
-    start = 0
-    for sample, (size, digest, header, problem) in zip(samples, described, strict=True):
-        if problem is not None:
-            files.append(MediaError(sample.path, problem))
-        else:
-            files.append(JpegFile(block[start : start + size], digest, header))
-            start += size
-    return files
+class _Reader:
+    """A process that reads files into memory which this one sees too, as long as it runs."""
+
+    def __init__(self, room: int) -> None:
+        with tempfile.TemporaryFile() if not hasattr(os, "memfd_create") else _memory_file() as file:
+            file.truncate(room)
+            self._memory = memoryview(mmap.mmap(file.fileno(), room))
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(file.fileno()), str(room)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[file.fileno()],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+
+    def read(self, samples: Sequence[Sample]) -> list[JpegFile | MediaError]:
+        """See `read_jpegs`; the contents are overwritten by the next job.
+
+        Raises:
+            OSError, EOFError, UnpicklingError: the process has ended.
+        """
+        _send(_open(self.process.stdin), [(sample.path, sample.offset, sample.size) for sample in samples])
+        described = _receive(_open(self.process.stdout))
+        if described is None:  # more than there is room for
+            return read_jpegs(samples)
+        files: list[JpegFile | MediaError] = []
+        start = 0
+        for sample, (size, digest, header, problem) in zip(samples, described, strict=True):
+            if problem is not None:
+                files.append(MediaError(sample.path, problem))
+            else:
+                files.append(JpegFile(self._memory[start : start + size], digest, header))
+                start += size
+        return files
+
+    def close(self) -> None:
+        for pipe in (self.process.stdin, self.process.stdout):
+            with suppress(OSError):
+                _open(pipe).close()  # without its input it ends
+        self.process.wait()
 
 
-def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
+def _memory_file() -> IO[bytes]:
+    return os.fdopen(os.memfd_create("cots"), "r+b")
+
+
+def _serve(requests: IO[bytes], answers: IO[bytes], memory: memoryview) -> None:
     """Answer until the requests end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever asks
     while True:
@@ -147,11 +171,16 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
         except EOFError:
             return
         files = read_jpegs([Sample(path, "image", size=size, offset=offset) for path, offset, size in asked])
-        _send(answers, [_described(file) for file in files])
+        described = [_described(file) for file in files]
+        if sum(size for size, *_ in described) > len(memory):
+            _send(answers, None)
+            continue
+        start = 0
         for file in files:
             if isinstance(file, JpegFile):
-                answers.write(file.content)
-        answers.flush()
+                memory[start : start + len(file.content)] = file.content
+                start += len(file.content)
+        _send(answers, described)
 
 
 def _described(file: JpegFile | MediaError) -> tuple[int, str, BaselineJpeg | None, str | None]:
@@ -194,4 +223,5 @@ def _open(pipe: IO[bytes] | None) -> IO[bytes]:
 
 
 if __name__ == "__main__":
-    _serve(sys.stdin.buffer, sys.stdout.buffer)
+    shared, length = int(sys.argv[1]), int(sys.argv[2])
+    _serve(sys.stdin.buffer, sys.stdout.buffer, memoryview(mmap.mmap(shared, length)))

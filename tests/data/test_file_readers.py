@@ -1,8 +1,6 @@
 """Files read by other processes are those read by this one, whatever happens to the processes."""
 
-import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,7 +33,7 @@ def samples(tmp_path: Path) -> list[Sample]:
 @pytest.fixture
 def readers(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileReaders]:
     monkeypatch.setattr(file_readers, "JOBS_BEFORE", 0)
-    readers = FileReaders(2)
+    readers = FileReaders(2, 200_000)
     yield readers
     readers.close()
 
@@ -55,11 +53,28 @@ def test_processes_read_what_this_one_reads(samples: list[Sample], readers: File
     expected = read_jpegs(samples)
     assert sum(isinstance(file, MediaError) for file in expected) == 1
     assert sum(isinstance(file, JpegFile) and file.header is None for file in expected) == 2
+
+    def check(part: slice) -> None:
+        with readers.read(samples[part]) as found:
+            assert_same(found, expected[part])
+
     with ThreadPoolExecutor(6) as pool:
-        for found in pool.map(readers.read, [samples] * 12):
-            assert_same(found, expected)
-    assert_same(readers.read([]), [])
+        list(pool.map(check, [slice(start, end) for start in range(5) for end in range(5, 21, 3)]))
+    check(slice(0))
     assert 1 <= len(readers._started) <= 2
+
+
+def test_what_has_no_room_is_read_here(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_readers, "JOBS_BEFORE", 0)
+    readers = FileReaders(1, 5000)
+    for _ in range(2):
+        with readers.read(samples) as found:
+            assert_same(found, read_jpegs(samples))
+        with readers.read(samples[:1]) as found:
+            assert isinstance(found[0], JpegFile)
+            assert isinstance(found[0].content, memoryview)
+            assert_same(found, read_jpegs(samples[:1]))
+    readers.close()
 
 
 def test_members_of_a_shard_are_read(tmp_path: Path, samples: list[Sample], readers: FileReaders) -> None:
@@ -69,17 +84,21 @@ def test_members_of_a_shard_are_read(tmp_path: Path, samples: list[Sample], read
         tar.add(samples[0].path, "a.jpg")
         tar.add(samples[1].path, "b.jpg")
     members = list(iter_samples([tmp_path / "shard.tar"], print))
-    assert_same(readers.read(members), read_jpegs(members))
-    assert readers.read(members)[1].content == Path(samples[1].path).read_bytes()  # type: ignore[union-attr]
+    with readers.read(members) as found:
+        assert_same(found, read_jpegs(members))
+        assert isinstance(found[1], JpegFile)
+        assert found[1].content == Path(samples[1].path).read_bytes()
 
 
 def test_what_a_killed_process_leaves_undone_is_read_here(samples: list[Sample], readers: FileReaders) -> None:
     expected = read_jpegs(samples)
     for _ in range(3):
-        assert_same(readers.read(samples), expected)
-        for process in readers._started:
-            process.kill()
-    assert_same(readers.read(samples), expected)
+        with readers.read(samples) as found:
+            assert_same(found, expected)
+        for reader in readers._started:
+            reader.process.kill()
+    with readers.read(samples) as found:
+        assert_same(found, expected)
 
 
 def test_where_no_process_starts_all_is_read_here(
@@ -88,23 +107,23 @@ def test_where_no_process_starts_all_is_read_here(
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     monkeypatch.setattr(file_readers, "MOST_LOST", 3)
     for _ in range(6):
-        assert_same(readers.read(samples), read_jpegs(samples))
+        with readers.read(samples) as found:
+            assert_same(found, read_jpegs(samples))
     assert not readers._processes
 
 
 def test_processes_end_with_their_readers(samples: list[Sample], readers: FileReaders) -> None:
-    readers.read(samples)
-    (process,) = readers._started
-    assert isinstance(process, subprocess.Popen)
-    assert process.poll() is None
+    with readers.read(samples):
+        (reader,) = readers._started
+        assert reader.process.poll() is None
     readers.close()
-    assert process.poll() == 0
-    assert threading.active_count() < 50
+    assert reader.process.poll() == 0
 
 
 def test_small_jobs_start_no_process(samples: list[Sample]) -> None:
-    readers = FileReaders(2)
+    readers = FileReaders(2, 200_000)
     for _ in range(file_readers.JOBS_BEFORE):
-        readers.read(samples)
+        with readers.read(samples) as found:
+            assert len(found) == len(samples)
     assert not readers._started
     readers.close()
