@@ -120,6 +120,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 take()
             torch.cuda.synchronize()
             built = time.perf_counter() - started
+            if arguments.hold:
+                _wait_for_go(arguments.hold.with_name(f"{arguments.hold.name}.{ranks.rank}"))
             torch.cuda.reset_peak_memory_stats()
             seconds = []
             for _ in range(STEPS):
@@ -149,6 +151,12 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         }
 
 
+def _wait_for_go(file: Path) -> None:
+    file.touch()
+    while file.exists():
+        time.sleep(0.1)
+
+
 def from_disk(arguments: argparse.Namespace) -> dict[str, float]:
     """The trainer itself on shards: the last row of its log."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -158,7 +166,7 @@ def from_disk(arguments: argparse.Namespace) -> dict[str, float]:
             "data.validation=[]",
             f"data.workers={arguments.workers}",
             f"training.output={scratch}/run",
-            "training.epochs=4",
+            f"training.epochs={arguments.epochs}",
             "training.log_every=8",
         ]
         command = [sys.executable, "-m", "pretrain", str(arguments.config), *overrides]
@@ -186,8 +194,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=512, help="pairs a GPU")
     parser.add_argument("--shards", default="", help="also train from these webdataset shards")
     parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--epochs", type=float, default=4, help="passes over four times the shards")
     parser.add_argument("--only", nargs="*", choices=list(ROWS), help="rows to measure, by default all")
     parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--hold", type=Path, help="once warm, make this file with the rank's number; go on when it is gone"
+    )
     parser.add_argument("--profile", type=Path, help="write the kernels of one step here, by their time")
     parser.add_argument("--out", type=Path, default=Path("train_throughput.jsonl"))
     arguments = parser.parse_args()
