@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(ROWS), help="rows to measure, by default all")
     parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)
     parser.add_argument(
-        "--hold", type=Path, help="once warm, make this file with the rank's number; go on when it is gone"
+        "--hold", type=Path, help="once warm, make this file, and go on when it is gone"
     )
     parser.add_argument("--profile", type=Path, help="write the kernels of one step here, by their time")
     parser.add_argument("--out", type=Path, default=Path("train_throughput.jsonl"))
