@@ -326,12 +326,6 @@ def epoch_order(lengths: Sequence[int], weights: Sequence[float], seed: int, epo
     return random.permutation(np.concatenate(parts))
 
 
-def unchanged(item: Any) -> Any:
-    """For a loader of single items that are arrays: they come through the workers' pipe. Of a tensor a file descriptor
-    would come, which for a small one takes far longer."""
-    return item
-
-
 def training_loader(
     sources: Sequence[PairSource],
     config: DataConfig,

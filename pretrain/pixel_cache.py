@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cots.config import DataConfig
 from cots.data.device_augmentation import DRAWS, DeviceAugmentation
@@ -17,7 +17,8 @@ from cots.data.square_transform import SquareTransform
 from cots.data.transforms import mentions_side
 from cots.errors import MediaError, SourceError
 from cots.model.caption_tokenizer import CaptionTokenizer
-from pretrain.loader import CLIP_FRAMES, Batch, PairSource, StepSampler, item_id, unchanged
+from pretrain.loader import CLIP_FRAMES, Batch, PairSource, StepSampler, item_id
+from pretrain.read_all import read_all
 
 _CAPTIONS = 16  # of an item take part in the draw
 _SEGMENT_FRAMES = 3  # of a clip are kept for each frame that a step draws from it
@@ -47,20 +48,13 @@ class PixelCache:
         device: torch.device,
     ) -> None:
         assert config.cache_side is not None
-        loader = DataLoader(
-            _Squares(sources, config.cache_side, config.frames_per_item),
-            batch_size=None,
-            collate_fn=unchanged,
-            num_workers=config.workers,
-            generator=torch.Generator(),
-            prefetch_factor=16 if config.workers else None,
-        )
+        items = _Squares(sources, config.cache_side, config.frames_per_item)
         frames: list[Tensor] = []
         captions: list[list[str]] = []
         self.bad: list[tuple[str, str]] = []
         item_ids: list[int] = []
-        for squares, own, common, problem in loader:
-            frames.append(torch.from_numpy(squares))
+        for squares, own, common, problem in read_all(items, config.workers):
+            frames.append(squares)
             item_ids.append(common)
             captions.append(own)
             if problem is not None:
@@ -78,10 +72,7 @@ class PixelCache:
         return len(self.sided)
 
 
-_Item = tuple[np.ndarray, list[str], int, tuple[str, str] | None]
-
-
-class _Squares(Dataset[_Item]):
+class _Squares(Dataset[tuple[Tensor, list[str], int, tuple[str, str] | None]]):
     """Item -> ((F, 3, R, R) uint8, captions, item id, name and reason if it cannot be read)."""
 
     def __init__(self, sources: Sequence[PairSource], side: int, frames_per_item: int) -> None:
@@ -93,14 +84,14 @@ class _Squares(Dataset[_Item]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, place: int) -> _Item:
+    def __getitem__(self, place: int) -> tuple[Tensor, list[str], int, tuple[str, str] | None]:
         source, index = self.items[place]
         try:
             pair = source.read(index)
             frames = torch.stack([self.transform(frame) for frame in pair.frames(self.clip_frames)])
-            return frames.numpy(), list(pair.captions)[:_CAPTIONS], item_id(pair, place), None
+            return frames, list(pair.captions)[:_CAPTIONS], item_id(pair, place), None
         except MediaError as error:
-            nothing = np.empty((0, 3, self.side, self.side), np.uint8)
+            nothing = torch.empty(0, 3, self.side, self.side, dtype=torch.uint8)
             return nothing, [], place, (source.name(index), error.reason)
 
 

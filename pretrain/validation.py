@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cots.config import SourceConfig
 from cots.data.square_transform import SquareTransform
@@ -15,12 +14,13 @@ from cots.errors import ConfigError, MediaError
 from cots.evaluation.metrics import rank_embeddings, recall_sum, summary
 from cots.model.caption_tokenizer import CaptionTokenizer
 from cots.model.dual_encoder import DualEncoder
-from pretrain.loader import PairSource, item_id, open_source, unchanged
+from pretrain.loader import PairSource, item_id, open_source
+from pretrain.read_all import read_all
 
 Metrics = dict[str, dict[str, float]]
 
 
-class ValidationFrames(Dataset[np.ndarray]):
+class ValidationFrames(Dataset[Tensor]):
     """Pictures (one frame) and clips of a source through the exact transform: (F, 3, S, S) uint8.
 
     A bad one is an error: recall over fewer items could not be compared.
@@ -33,12 +33,12 @@ class ValidationFrames(Dataset[np.ndarray]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> Tensor:
         try:
             frames = self.source.read(index).evaluation_frames(self.transform.size)
         except MediaError as error:
             raise MediaError(self.source.name(index), error.reason) from error
-        return torch.stack([self.transform(frame) for frame in frames]).numpy()
+        return torch.stack([self.transform(frame) for frame in frames])
 
 
 @dataclass
@@ -102,10 +102,7 @@ class Validation:
             source = open_source(config)
             captions = captions_of(source)
             frames = ValidationFrames(source, transform)
-            loader = DataLoader(
-                frames, batch_size=None, collate_fn=unchanged, num_workers=workers, generator=torch.Generator()
-            )
-            items = [torch.from_numpy(array) for array in loader]
+            items = list(read_all(frames, workers))
             self._sets.append(
                 _ValidationSet(
                     config.path,
