@@ -7,7 +7,7 @@
 An arm is configs/ablation.yaml with some settings changed: one of those below, or `NAME: key=value ...`. Arms whose
 names end in `, noisy` see shards in which a fifth of all captions are exchanged between pictures. Recall is that of the
 averaged weights after the last step: no checkpoint is chosen, so validation pairs play no part in an arm. Runs that are
-in the output file already are not repeated.
+in the output file already are not repeated, unless they failed.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def run(name: str, overrides: list[str], seed: int, runs: Path, config: Path) ->
     try:
         pretrain(read_config(config, [*overrides, f"training.seed={seed}", f"training.output={directory}"]))
     except (CotsError, RuntimeError) as error:
-        return {"arm": name, "seed": seed, "error": str(error)[-600:]}
+        return {"arm": name, "seed": seed, "error": str(error)[:600]}
     rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
     metrics = next(iter(rows[-1]["validation"].values()))
     steps = [row for row in rows if "loss" in row]
@@ -155,7 +155,7 @@ def main() -> None:
     if any(name.endswith(", noisy") for name in names):
         write_noisy_shards(sorted(SHARDS.glob("train-*.tar")), arguments.runs / "noisy", NOISE)
     done = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
-    known = {(result["arm"], result["seed"]) for result in done}
+    known = {(result["arm"], result["seed"]) for result in done if "error" not in result}
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
     count = 0

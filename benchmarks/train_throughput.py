@@ -197,9 +197,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=4, help="passes over four times the shards")
     parser.add_argument("--only", nargs="*", choices=list(ROWS), help="rows to measure, by default all")
     parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--hold", type=Path, help="once warm, make this file, and go on when it is gone"
-    )
+    parser.add_argument("--hold", type=Path, help="once warm, make this file, and go on when it is gone")
     parser.add_argument("--profile", type=Path, help="write the kernels of one step here, by their time")
     parser.add_argument("--out", type=Path, default=Path("train_throughput.jsonl"))
     arguments = parser.parse_args()

@@ -6,7 +6,8 @@
     python benchmarks/video_ablation.py --table video_ablation.jsonl
 
 An arm is configs/finetune_video_text.yaml with some settings changed. Trained arms are measured after the last step,
-so no checkpoint is chosen on the validation clips. Runs that are in the output file already are not repeated.
+so no checkpoint is chosen on the validation clips. Runs that are in the output file already are not
+repeated, unless they failed.
 
 Measured, text to video and back, clips of one group relevant to each other's captions:
 - all validation clips, and the real ones among them (their captions ranked over real clips only);
@@ -133,7 +134,7 @@ def run(name: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
         pretrain(read_config(given.config, overrides))
         figures = measure(str(directory), given.frames, given.photographs)
     except (CotsError, RuntimeError) as error:
-        return {"arm": name, "seed": seed, "error": str(error)[-600:]}
+        return {"arm": name, "seed": seed, "error": str(error)[:600]}
     rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
     rate = statistics.median(row["pairs_per_second"] for row in rows if "loss" in row)
     seconds = round(time.perf_counter() - started, 1)
@@ -208,7 +209,7 @@ def main() -> None:
         print(table([json.loads(line) for line in given.table.read_text().splitlines()]))
         return
     done = [json.loads(line) for line in given.out.read_text().splitlines()] if given.out.exists() else []
-    known = {(result["arm"], result["seed"]) for result in done}
+    known = {(result["arm"], result["seed"]) for result in done if "error" not in result}
     wanted = [
         (name, seed) for seed in given.seeds for name in given.arms if ARMS[name] is not None or seed == given.seeds[0]
     ]
