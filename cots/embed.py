@@ -38,7 +38,7 @@ from cots.single_core import single_core_threads
 from cots.stopwatch import Stopwatch
 
 CPU_BATCH = 4
-GPU_BATCH = 64
+GPU_BATCH = 128
 GPU_ENCODERS = 2
 ENOUGH_TO_JUDGE = 20
 log = logging.getLogger("cots")
@@ -108,7 +108,7 @@ def embed(
         samples: what to embed; read only as far ahead as the decoders are.
         model: encodes the pictures.
         on_error: called with each sample that cannot be read, in order.
-        batch_size: pictures that the model encodes at once. By default 64 on a GPU and 4 on a CPU, whose caches do
+        batch_size: pictures that the model encodes at once. By default 128 on a GPU and 4 on a CPU, whose caches do
             not hold the activations of more.
         workers: decoding threads; by default one a core.
         max_bad_share: the share of unreadable samples (judged from the twentieth on) above which the run stops; 1 never

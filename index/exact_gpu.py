@@ -264,28 +264,27 @@ class ExactGpuIndex:
 
     def _prepared(self, allowed: np.ndarray | None, number: int | None) -> "_Searched":
         """All vectors, all of them with a mask, or a copy of the few that may be found and where these come from."""
-        unusable = self._unusable if allowed is None else self._unusable[allowed[self._unusable]]
-        finite = (self._count if allowed is None else int(np.count_nonzero(allowed))) - len(unusable)
-        if allowed is None and not len(unusable):
-            return _Searched(number, Rows(self._vectors, self._count), None, finite, unusable)
+        if allowed is None and not len(self._unusable):
+            return _Searched(number, Rows(self._vectors, self._count), None, self._count, self._unusable)
         usable = np.ones(self._count, bool) if allowed is None else allowed
+        unusable = self._unusable[usable[self._unusable]]
         if len(unusable):
             usable = usable.copy()
             usable[unusable] = False
         packed = np.packbits(usable, bitorder="little")
         bits = torch.zeros(len(self._vectors) // 8, dtype=torch.uint8, device=self.device)
         bits[: len(packed)] = torch.from_numpy(packed)
-        most = SCRATCH if number is None else SCRATCH // KEPT_FILTERS
-        if finite > FEW_ALLOWED * self._count or 2 * self._width * finite > most:
-            rows = Rows(self._vectors, self._count, bits.view(torch.int32))
-            return _Searched(number, rows, None, finite, unusable)
         every = torch.arange(8, dtype=torch.uint8, device=self.device)
         origin = ((bits[:, None] >> every) & 1).flatten().nonzero().flatten()
+        most = SCRATCH if number is None else SCRATCH // KEPT_FILTERS
+        if len(origin) > FEW_ALLOWED * self._count or 2 * self._width * len(origin) > most:
+            rows = Rows(self._vectors, self._count, bits.view(torch.int32))
+            return _Searched(number, rows, None, len(origin), unusable)
         capacity = -(-len(origin) // LARGEST_TILE) * LARGEST_TILE
         few = self._vectors.new_empty(capacity, self._width)
         torch.index_select(self._vectors, 0, origin, out=few[: len(origin)])
         few[len(origin) :] = 0
-        return _Searched(number, Rows(few, len(origin)), origin, finite, unusable)
+        return _Searched(number, Rows(few, len(origin)), origin, len(origin), unusable)
 
     def _batch(self, rows: Rows, k: int) -> int:
         """How many queries are answered at once, so that what is kept of each stays within `SCRATCH`."""
