@@ -129,7 +129,7 @@ class TablePlace:
     def fault(self, error: Exception) -> GalleryError:
         """A store's fault as a sentence."""
         return GalleryError(
-            f"The table at {self.address} cannot be used ({_meaning(str(error))}); nothing that it holds is lost, "
+            f"The table at {self.address} cannot be used ({meaning(str(error))}); nothing that it holds is lost, "
             "mend that and run the same command again."
         )
 
@@ -172,11 +172,13 @@ def folder_mark(lock: Path) -> str:
     return f"{status.st_ino}-{status.st_mtime_ns}"
 
 
-def _meaning(text: str) -> str:
+def meaning(text: str) -> str:
+    """An error of LanceDB's in a few words, with no signature that an address holds."""
     for sign, meaning in MEANINGS:
         if re.search(sign, text):
             return meaning
     if re.search(OUTAGE, text):
         return "it cannot be reached"
     text = re.sub(r"\?\S+", "", text)  # of an address, where Azure takes a signature
+    text = re.sub(r"^.*LanceError\(\w+\): |,? ?\S+\.rs(:\d+)+", "", " ".join(text.split()))
     return " ".join(text.split())[-200:].rstrip(".")

@@ -26,6 +26,7 @@ from index.check import check
 from index.compaction import compact
 from index.engine import set_engine
 from index.gallery import Gallery, adopt_table, open_gallery
+from index.place import meaning
 
 UNREACHABLE = "http://127.0.0.1:1"
 
@@ -212,6 +213,12 @@ def test_an_address_that_cannot_be_used_is_a_sentence_and_leaves_nothing(
     assert "\n" not in str(error.value)
     assert not (tmp_path / "gallery" / "manifest.json").exists()
     build([photos], tmp_path / "gallery", tiny_model, table=TABLE)  # the right one, with the same folder
+
+
+def test_what_lancedb_says_is_told_without_its_own_source_and_signatures() -> None:
+    said = "lance error: LanceError(IO): Generic S3 error: no region for 'b',\n /x/src/aws.rs:319:13"
+    assert meaning(said) == "Generic S3 error: no region for 'b'"
+    assert meaning("something at https://a.b/c?sig=secret, then") == "something at https://a.b/c then"
 
 
 def test_a_refusal_of_the_store_is_a_sentence(remote: Gallery, store: ObjectStore, photos: Path) -> None:
