@@ -18,7 +18,6 @@ On a GPU also: parity with the float32 plain loop, and the stages alone.
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -46,7 +45,7 @@ from cots.data.gpu_jpeg import gpu_jpeg_decoder
 from cots.data.image_io import open_image
 from cots.data.jpeg_header import read_baseline
 from cots.data.samples import Sample, iter_samples
-from cots.embed import CPU_BATCH, GPU_BATCH, GPU_ENCODERS, embed
+from cots.embed import CPU_BATCH, GPU_BATCH, GPU_ENCODERS, cores, embed
 from cots.embedded import EMBEDDED_MODEL
 from cots.model.dual_encoder import DualEncoder
 from cots.model.model_directory import open_saved_model, read_model, save_model
@@ -145,7 +144,7 @@ def bulk_embedding(model: RetrievalModel, batch: int, samples: list[Sample]) -> 
 def decode_alone(samples: list[Sample], model: RetrievalModel) -> int:
     """Files to pixels for the model, on all cores or by the GPU's decoder, as `embed` has it done."""
     jpegs = gpu_jpeg_decoder(model.square, model.device)
-    decoder = MediaDecoder(model.square, EVERY_SECOND, os.cpu_count() or 1, GPU_BATCH, jpegs, Stopwatch())
+    decoder = MediaDecoder(model.square, EVERY_SECOND, cores(), GPU_BATCH, jpegs, Stopwatch())
     return sum(1 for _ in decoder.decode(samples))
 
 
@@ -310,7 +309,7 @@ def main() -> None:
         "command": " ".join(sys.argv),
         "date": date.today().isoformat(),
         "device": device,
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "torch": torch.__version__,
         "model": arguments.model,
         "samples": len(samples),
