@@ -120,8 +120,10 @@ def create_gallery(directory: str | Path, model: "RetrievalModel", table: str | 
 
 def _with_table_inside(directory: Path, model: "RetrievalModel") -> Manifest:
     place = TablePlace(str(directory))
-    table = place.open() or place.create(schema(model.dimension))
-    assert table is not None  # one of the two, because the caller holds the lock
+    table = place.open()
+    if table is None:  # an empty one, which a creation that was killed has left, is false
+        table = place.create(schema(model.dimension))
+    assert table is not None  # because the caller holds the lock
     _require_empty(table, place)
     return Manifest.for_model(model.name, model.fingerprint, model.dimension)
 
@@ -129,7 +131,9 @@ def _with_table_inside(directory: Path, model: "RetrievalModel") -> Manifest:
 def _with_table_elsewhere(directory: Path, model: "RetrievalModel", place: TablePlace) -> Manifest:
     """Make a table that is marked as this gallery's; one that is there is taken only if it bears the mark already."""
     mark = folder_mark(directory / LOCK)
-    table = place.create(schema(model.dimension), identity=uuid4().hex, owner=mark) or place.open()
+    table = place.create(schema(model.dimension), identity=uuid4().hex, owner=mark)
+    if table is None:
+        table = place.open()
     if table is None or owner_of(table) != mark:
         raise GalleryError(
             f"There is a table at {place.address} already, which another gallery made; "
@@ -232,7 +236,8 @@ class Gallery:
         """
 
         def read(table: "Table") -> tuple[pa.Table, int]:
-            return table.search().select(list(COLUMNS)).to_batches(READ_ROWS).read_all(), table.version
+            version = table.version  # read first: if another thread moves the table on, no old rows pass for new ones
+            return table.search().select(list(COLUMNS)).to_batches(READ_ROWS).read_all(), version
 
         rows, version = self.read_latest(read)
         return rows.sort_by([("item", "ascending"), ("id", "ascending")]).combine_chunks(), version

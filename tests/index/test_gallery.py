@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,6 +50,35 @@ def test_vectors_of_unknown_origin_are_not_added_to(gallery: Gallery, photos: Pa
     (gallery.directory / "manifest.json").unlink()
     with pytest.raises(GalleryError, match=r"holds vectors but no manifest.json"):
         build([photos], gallery.directory, tiny_model)
+
+
+def test_a_creation_that_was_killed_before_its_manifest_is_gone_on_with(
+    tmp_path: Path, photos: Path, tiny_model: RetrievalModel
+) -> None:
+    with writing(tmp_path / "gallery") as directory:
+        create_gallery(directory, tiny_model)
+    (tmp_path / "gallery" / "manifest.json").unlink()
+    assert build([photos], tmp_path / "gallery", tiny_model).added == 15
+
+
+def test_old_rows_do_not_pass_for_those_of_a_version_that_another_thread_moves_on_to(
+    gallery: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_table = type(gallery.table).version
+    asked: list[int] = []
+
+    def version(table: Any) -> int:
+        asked.append(1)
+        if len(asked) == 2:  # inside of what reads
+            open_gallery(gallery.directory).remove_items([1])
+            table.checkout_latest()
+        return of_table.fget(table)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(type(gallery.table), "version", property(version))
+    rows, read_version = gallery.read_rows()
+    monkeypatch.undo()
+    gallery.table.checkout(read_version)
+    assert len(rows) == gallery.table.count_rows()
 
 
 def test_another_model_is_refused_by_name(
