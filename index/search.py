@@ -189,14 +189,16 @@ class Searcher:
             return None
         if kind is not None and kind not in KINDS:
             raise GalleryError(f"There is no kind {kind!r}; ask for image or video.")
-        allowed = self._filter(where, kind, self.gallery.version)
+        version = None if where is None else self.gallery.version
+        allowed = self._filter(where, kind, version)
         if like is not None:
             allowed = allowed.copy()
             allowed[self.snapshot.rows_of(self.gallery.row(like)["item"])] = False
         return allowed
 
-    def _filtered_rows(self, where: str | None, kind: str | None, version: int) -> np.ndarray:
-        """(N,) bool, read-only: the rows of a kind for which a condition holds as of a version of the table."""
+    def _filtered_rows(self, where: str | None, kind: str | None, version: int | None) -> np.ndarray:
+        """(N,) bool, read-only: the rows of a kind for which a condition holds as of a version of the table, of which
+        kinds need none."""
         rows = np.ones(len(self.snapshot), bool)
         if where is not None:
             rows[:] = False

@@ -42,6 +42,15 @@ def test_it_finds_what_a_local_gallery_finds(
     assert all(key.startswith("galleries/one/vectors.lance/") for key in store.listed())
 
 
+def test_only_a_condition_asks_the_store(remote: Gallery, store: ObjectStore, tiny_model: RetrievalModel) -> None:
+    remote.search("a dog", model=tiny_model)
+    store.failing = lambda method, path: 503
+    assert {hit.kind for hit in remote.search("a dog", kind="video", model=tiny_model).hits} == {"video"}
+    assert remote.search(like=1, model=tiny_model).hits
+    with pytest.raises(GalleryError, match="cannot be used"):
+        remote.search("a dog", where="id > 4", model=tiny_model)
+
+
 def test_the_manifest_knows_the_table_and_no_secret(remote: Gallery, store: ObjectStore) -> None:
     manifest = json.loads((remote.directory / "manifest.json").read_text())
     assert manifest["table"] == info(remote.directory)["table"] == TABLE
