@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import LifoQueue
 from typing import IO, Any
 
 from cots.data.jpeg_header import BaselineJpeg, read_baseline
@@ -75,10 +75,11 @@ class FileReaders:
 
     def __init__(self, processes: int, room: int) -> None:
         self._room = room
-        self._free: SimpleQueue[_Reader | None] = SimpleQueue()
-        self._started: list[_Reader] = []
-        self._processes = processes if os.name == "posix" else 0
+        self._processes = processes
+        self._usable = processes > 0 and os.name == "posix" and bool(sys.executable)
         self._jobs = self._lost = 0
+        # The one that worked last is next, so that there are never more processes than threads that ask at once.
+        self._free: LifoQueue[_Reader | None] = LifoQueue()
         for _ in range(processes):
             self._free.put(None)
 
@@ -86,33 +87,32 @@ class FileReaders:
     def read(self, samples: Sequence[Sample]) -> Iterator[list[JpegFile | MediaError]]:
         """See `read_jpegs`. The contents are valid until the end of the `with` block."""
         self._jobs += 1
-        if not self._processes or self._jobs <= JOBS_BEFORE:
+        if not self._usable or self._jobs <= JOBS_BEFORE:
             yield read_jpegs(samples)
             return
-        reader = self._free.get()
+        reader, sound = self._free.get(), None
         try:
             try:
-                if reader is None or reader.process.poll() is not None:
-                    reader = self._start()
+                reader = reader or _Reader(self._room)
                 files = reader.read(samples)
+                sound = reader
             except (OSError, EOFError, pickle.UnpicklingError):
                 self._lost += 1
                 if self._lost > MOST_LOST:
-                    self._processes = 0
+                    self._usable = False
                 files = read_jpegs(samples)
             yield files
         finally:
-            self._free.put(reader)
-
-    def _start(self) -> "_Reader":
-        reader = _Reader(self._room)
-        self._started.append(reader)
-        return reader
+            if reader is not None and sound is None:  # it has ended, or its answer may still be on its way
+                reader.close()
+            self._free.put(sound)
 
     def close(self) -> None:
-        """End the processes; nobody may be reading."""
-        for reader in self._started:
-            reader.close()
+        """End the processes, once nobody reads."""
+        for reader in [self._free.get() for _ in range(self._processes)]:
+            if reader is not None:
+                reader.close()
+            self._free.put(None)
 
 
 class _Reader:
@@ -123,12 +123,13 @@ class _Reader:
             file.truncate(room)
             self._memory = memoryview(mmap.mmap(file.fileno(), room))
             self.process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(file.fileno()), str(room)],
+                # -P: what lies in the working directory is no module of ours
+                [sys.executable, "-P", "-m", __name__, str(file.fileno()), str(room)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 pass_fds=[file.fileno()],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
             )
 
     def read(self, samples: Sequence[Sample]) -> list[JpegFile | MediaError]:
@@ -152,10 +153,12 @@ class _Reader:
         return files
 
     def close(self) -> None:
+        self.process.kill()  # a process that was forked from this one may hold its input open, so that it does not end
         for pipe in (self.process.stdin, self.process.stdout):
             with suppress(OSError):
-                _open(pipe).close()  # without its input it ends
+                _open(pipe).close()
         self.process.wait()
+        self._memory = memoryview(b"")  # a mapping has a descriptor of its own
 
 
 def _memory_file() -> IO[bytes]:

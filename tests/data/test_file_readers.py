@@ -1,16 +1,18 @@
 """Files read by other processes are those read by this one, whatever happens to the processes."""
 
+import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from cots.data import file_readers
-from cots.data.file_readers import FileReaders, JpegFile, read_jpegs
+from cots.data.file_readers import FileReaders, JpegFile, _Reader, read_jpegs
 from cots.data.samples import Sample, iter_samples
 from cots.errors import MediaError
 
@@ -38,6 +40,11 @@ def readers(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileReaders]:
     readers.close()
 
 
+def started(readers: FileReaders) -> list[_Reader]:
+    """Those that nobody uses just now."""
+    return [reader for reader in readers._free.queue if reader is not None]
+
+
 def assert_same(found: list[JpegFile | MediaError], expected: list[JpegFile | MediaError]) -> None:
     assert len(found) == len(expected)
     for one, other in zip(found, expected):
@@ -61,7 +68,7 @@ def test_processes_read_what_this_one_reads(samples: list[Sample], readers: File
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(check, [slice(start, end) for start in range(5) for end in range(5, 21, 3)]))
     check(slice(0))
-    assert 1 <= len(readers._started) <= 2
+    assert 1 <= len(started(readers)) <= 2
 
 
 def test_what_has_no_room_is_read_here(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,10 +102,78 @@ def test_what_a_killed_process_leaves_undone_is_read_here(samples: list[Sample],
     for _ in range(3):
         with readers.read(samples) as found:
             assert_same(found, expected)
-        for reader in readers._started:
+        for reader in started(readers):
             reader.process.kill()
     with readers.read(samples) as found:
         assert_same(found, expected)
+
+
+def test_killed_processes_leave_no_descriptors_and_no_memory(
+    samples: list[Sample], readers: FileReaders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_readers, "MOST_LOST", 100)
+    counts = []
+    for _ in range(6):
+        for _ in range(2):  # read here after a kill, then by another process
+            with readers.read(samples):
+                pass
+        (reader,) = started(readers)
+        counts.append(len(os.listdir("/dev/fd")))
+        reader.process.kill()
+        reader.process.wait()
+    assert counts == counts[:1] * 6
+
+
+def test_an_answer_that_was_not_taken_is_not_taken_for_the_next(
+    samples: list[Sample], readers: FileReaders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with readers.read(samples[:1]):
+        pass
+
+    def full(pipe: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file_readers, "_receive", full)
+        with pytest.raises(MemoryError), readers.read(samples[:2]):
+            pass
+    with readers.read(samples[2:4]) as found:
+        assert_same(found, read_jpegs(samples[2:4]))
+
+
+def test_no_more_processes_start_than_threads_ask_at_once(
+    samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_readers, "JOBS_BEFORE", 0)
+    readers = FileReaders(8, 200_000)
+    for _ in range(8):
+        with readers.read(samples):
+            pass
+    assert len(started(readers)) == 1
+    readers.close()
+
+
+def test_modules_are_not_taken_from_the_working_directory(
+    samples: list[Sample], readers: FileReaders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pickle.py").write_text("raise SystemExit")
+    monkeypatch.chdir(tmp_path)
+    with readers.read(samples) as found:
+        assert isinstance(found[0], JpegFile)
+        assert isinstance(found[0].content, memoryview)
+
+
+def test_a_process_ends_though_another_holds_its_input_open(samples: list[Sample], readers: FileReaders) -> None:
+    with readers.read(samples):
+        pass
+    (reader,) = started(readers)
+    assert reader.process.stdin is not None
+    held = os.dup(reader.process.stdin.fileno())  # as a forked process would
+    closing = Thread(target=readers.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    os.close(held)
+    assert not closing.is_alive()
 
 
 def test_where_no_process_starts_all_is_read_here(
@@ -109,15 +184,19 @@ def test_where_no_process_starts_all_is_read_here(
     for _ in range(6):
         with readers.read(samples) as found:
             assert_same(found, read_jpegs(samples))
-    assert not readers._processes
+    assert not readers._usable
 
 
 def test_processes_end_with_their_readers(samples: list[Sample], readers: FileReaders) -> None:
     with readers.read(samples):
-        (reader,) = readers._started
-        assert reader.process.poll() is None
+        pass
+    (reader,) = started(readers)
+    assert reader.process.poll() is None
     readers.close()
-    assert reader.process.poll() == 0
+    assert reader.process.poll() is not None
+    with readers.read(samples) as found:  # others start if it is needed again
+        assert_same(found, read_jpegs(samples))
+    assert len(started(readers)) == 1
 
 
 def test_small_jobs_start_no_process(samples: list[Sample]) -> None:
@@ -125,5 +204,5 @@ def test_small_jobs_start_no_process(samples: list[Sample]) -> None:
     for _ in range(file_readers.JOBS_BEFORE):
         with readers.read(samples) as found:
             assert len(found) == len(samples)
-    assert not readers._started
+    assert not started(readers)
     readers.close()
