@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 MOST_RECORDINGS = 16
 log = logging.getLogger("cots")
+_one_at_a_time = Lock()  # in the process: to begin waits for the whole device, which spoils another recording
 
 
 @dataclass
@@ -33,7 +34,8 @@ class RecordedSearches:
     """Answers to a few queries at a time; several threads may ask, and one after another is answered.
 
     A search of a kind (see `answer`) is run as it is the first time, which compiles its kernels, and recorded the
-    second time. The recordings used last are kept, and share what memory they need beside their results.
+    second time; one that cannot be recorded is run as it is from then on. The recordings used last are kept, and share
+    what memory they need beside their results.
 
     Args:
         width: of queries on the device.
@@ -44,8 +46,9 @@ class RecordedSearches:
         self._width = width
         self._device = device
         self._lock = Lock()
-        self._kept: OrderedDict[Hashable, _Recording | None] = OrderedDict()
+        self._kept: OrderedDict[Hashable, _Recording | Literal["run once", "not recordable"]] = OrderedDict()
         self._pool: Any = None  # torch has no public name for its type
+        self._stream: torch.cuda.Stream | None = None
 
     def answer(
         self, queries: np.ndarray, kind: Hashable, search: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -54,44 +57,45 @@ class RecordedSearches:
 
         Args:
             queries: (Q, D) float32, D at most the width.
-            kind: of equal kind are searches with the same answer for the same queries.
+            kind: of equal kind are searches with the same answer for the same queries, which they find in the same
+                tensors. The caller holds these: a recording only knows where they lie.
             search: takes queries (R, width) float32 on the device and waits for nothing; R is Q or somewhat more.
         """
         size = 1 << (len(queries) - 1).bit_length()
         key = (kind, size)
         with self._lock:
-            recording = self._kept.get(key)
-            if recording is None and key in self._kept:
-                recording = self._kept[key] = self._record(size, search)
-            if recording is None:
-                self._keep(key)
+            if self._kept.get(key) == "run once":
+                self._kept[key] = self._record(size, search) or "not recordable"
+            recording = self._kept.setdefault(key, "run once")
+            self._kept.move_to_end(key)
+            if len(self._kept) > MOST_RECORDINGS:
+                self._kept.popitem(last=False)
+            if not isinstance(recording, _Recording):
                 asked = torch.zeros(size, self._width, device=self._device)
                 asked[: len(queries), : queries.shape[1]] = torch.from_numpy(queries)
                 scores, places = search(asked)
             else:
-                self._kept.move_to_end(key)
                 recording.queries[: len(queries), : queries.shape[1]] = torch.from_numpy(queries)
                 recording.graph.replay()
                 scores, places = recording.scores, recording.places
             return scores[: len(queries)].cpu().numpy(), places[: len(queries)].cpu().numpy()
 
-    def _keep(self, key: Hashable) -> None:
-        """Remember that a kind has been asked for, and forget the one that was asked for longest ago."""
-        self._kept[key] = None
-        if len(self._kept) > MOST_RECORDINGS:
-            self._kept.popitem(last=False)
-
     def _record(self, size: int, search: Callable[[Tensor], tuple[Tensor, Tensor]]) -> _Recording | None:
         """None if there is no memory for it, or the device does not allow it."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        queries = torch.zeros(size, self._width, device=self._device)
-        graph = torch.cuda.CUDAGraph()
+        before = torch.cuda.current_stream(self._device)
         try:
+            if self._stream is None:
+                # Its own, because torch's is one for all, and of the device that was first.
+                self._stream, self._pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
+            queries = torch.zeros(size, self._width, device=self._device)
+            graph = torch.cuda.CUDAGraph()
             # other threads may go on allocating and copying meanwhile
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            recorder = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
+            with _one_at_a_time, recorder:
                 scores, places = search(queries)
         except RuntimeError as error:  # of which running out of memory is one
             log.debug("a search for %d queries could not be recorded: %s", size, error)
             return None
+        finally:
+            torch.cuda.set_stream(before)  # which torch does not do for a recording that fails
         return _Recording(graph, queries, scores, places)
