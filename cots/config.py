@@ -175,7 +175,7 @@ class DataConfig(Settings):
     the device: for collections of some ten thousand pictures, where decoding would be the bottleneck."""
     augmentation: AugmentationConfig = AugmentationConfig()
     workers: int = Field(2, ge=0)
-    """Decoding processes per rank."""
+    """Decoding processes per rank; threads where pictures are decoded once (`cache_side`, validation)."""
     max_bad_share: float = Field(0.01, ge=0, le=1)
     """The run stops when more than this share of the samples could not be read."""
 

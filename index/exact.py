@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from cots.errors import GalleryError
+from cots.onednn import linear
 from cots.single_core import single_core_threads
 
 BLOCK = 4096
 FEW = 1024  # scores that one core computes sooner than it shares the work out
 GROUPS = 128
+FEW_QUERIES = 3  # whose scores are written where those of the last block were
 MOST_QUERIES = 1024  # at once, so that their scores of a block take 16 MiB a core
 SERIAL = 32_768  # numbers that torch converts on the calling core
 _kept = threading.local()
@@ -146,13 +148,16 @@ def _best_of_part(
     least: Tensor | None = None
     waiting: list[tuple[Tensor, Tensor, Tensor]] = []
     seen, due = 0, 1
-    products = torch.empty(len(queries), BLOCK)
+    products = torch.empty(min(len(queries), FEW_QUERIES), BLOCK)
     with torch.inference_mode():
         for start in range(first, behind, BLOCK):
             stop = min(start + BLOCK, behind)
             part = block[: stop - start]
             part.copy_(vectors[start:stop] if rows is None else _gather(vectors, rows[start:stop]))
-            scores = torch.mm(queries, part.T, out=products[:, : stop - start])
+            if len(queries) > FEW_QUERIES:
+                scores = linear(queries, part)
+            else:
+                scores = torch.mm(queries, part.T, out=products[:, : stop - start])
             asked, places = torch.nonzero(scores > (_bound(scores, k) if least is None else least), as_tuple=True)
             waiting.append((asked, places + start, scores[asked, places]))
             seen += 1

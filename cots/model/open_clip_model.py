@@ -4,13 +4,15 @@ import json
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cots.data.square_transform import SquareTransform
 from cots.errors import ModelError
 from cots.model.model_directory import fingerprint_of
 from cots.model.open_clip_architecture import OPEN_CLIP, create_open_clip, import_open_clip
 from cots.model.retrieval_model import RetrievalModel, half_precision
+from cots.onednn import quick_linears
 
 
 class OpenClipModel(RetrievalModel):
@@ -42,11 +44,43 @@ class OpenClipModel(RetrievalModel):
             device,
             SquareTransform(size, resize, preprocess["interpolation"]),
         )
+        if device.type == "cpu":  # after the fingerprint, which has the original's names
+            for module in list(self._model.modules()):
+                if type(module).__name__ == "ResidualAttentionBlock" and not hasattr(module, "ln_1_kv"):
+                    module.attn = PlainSelfAttention(module.attn)
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
-        with half_precision(self.device):
+        with half_precision(self.device), quick_linears(self.device):
             return self._model.encode_image((pixels.float() - self._mean) / self._std)
 
     def _encode_sentences(self, texts: list[str]) -> Tensor:
-        with half_precision(self.device):
+        with half_precision(self.device), quick_linears(self.device):
             return self._model.encode_text(self._tokenizer(texts).to(self.device))
+
+
+class PlainSelfAttention(nn.Module):
+    """What an nn.MultiheadAttention computes of a sequence with itself, in evaluation mode: its own linear maps lie in
+    one function with the rest, where `quick_linears` does not see them.
+
+    Args:
+        original: batch first, with one projection for queries, keys and values.
+    """
+
+    def __init__(self, original: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.heads = original.num_heads
+        self.weight, self.bias = original.in_proj_weight, original.in_proj_bias
+        self.output = original.out_proj
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """(B, L, C), three times the same, and what is added to the scores (L, L) -> (B, L, C), and no weights."""
+        assert key is query
+        assert value is query
+        assert not need_weights
+        batch, length, width = query.shape
+        joined = F.linear(query, self.weight, self.bias).view(batch, length, 3, self.heads, width // self.heads)
+        asked, keys, values = joined.permute(2, 0, 3, 1, 4).unbind(0)
+        attended = F.scaled_dot_product_attention(asked, keys, values, attn_mask=attn_mask)
+        return self.output(attended.transpose(1, 2).reshape(batch, length, width)), None
