@@ -137,8 +137,9 @@ class ExactGpuIndex:
         except torch.OutOfMemoryError as error:
             raise self._too_large(count) from error
         vectors[: self._count] = self._vectors[: self._count]
-        self._vectors = vectors
-        self._filters.clear()
+        with self._preparing:
+            self._vectors = vectors
+            self._filters.clear()
 
     def append(self, vectors: np.ndarray | torch.Tensor, ids: np.ndarray) -> None:
         """Add M vectors behind the others, which stay where they are as long as there is room.
@@ -168,8 +169,9 @@ class ExactGpuIndex:
         if end > len(self._ids):
             self._ids = np.concatenate([self.ids, np.empty(len(self._vectors) - self._count, np.int64)])
         self._ids[self._count : end] = ids
-        self._count, self._unusable, self._norm = end, np.concatenate(unusable), norm
-        self._filters.clear()
+        with self._preparing:  # what is being prepared knows nothing of these, so it may not be kept afterwards
+            self._count, self._unusable, self._norm = end, np.concatenate(unusable), norm
+            self._filters.clear()
 
     def _put(self, start: int, block: torch.Tensor) -> tuple[np.ndarray, float]:
         """Store vectors (M, D) float16. Those that are not finite become zero, and are never looked at.
@@ -221,10 +223,15 @@ class ExactGpuIndex:
         positions = np.empty((len(queries), k), np.int64)
         positions[:, found:] = searched.unusable[: k - found]
         if found and len(queries):
-            is_recorded = searched.number is not None and len(queries) <= FEW_QUERIES and found <= MOST_RECORDED
-            answer = self._recorded_answer if is_recorded and self.device.type == "cuda" else self._answers
+            answer = self._recorded_answer if self._is_recorded(searched, len(queries), found) else self._answers
             scores[:, :found], positions[:, :found] = answer(searched, queries, found)
         return scores, self._ids[positions]
+
+    def _is_recorded(self, searched: "_Searched", queries: int, k: int) -> bool:
+        """Whether a search may come again, costs little, and fits into the memory that one may take."""
+        if self.device.type != "cuda" or searched.number is None or k > MOST_RECORDED:
+            return False
+        return queries <= min(FEW_QUERIES, self._batch(searched.rows, k))
 
     def _recorded_answer(self, searched: "_Searched", queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         def search(asked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -273,16 +280,18 @@ class ExactGpuIndex:
         bits = torch.zeros(len(self._vectors) // 8, dtype=torch.uint8, device=self.device)
         bits[: len(packed)] = torch.from_numpy(packed)
         every = torch.arange(8, dtype=torch.uint8, device=self.device)
-        origin = ((bits[:, None] >> every) & 1).flatten().nonzero().flatten()
+        flags = ((bits[:, None] >> every) & 1).flatten()
+        finite = int(flags.sum())  # before they are listed, which takes eight bytes each
         most = SCRATCH if number is None else SCRATCH // KEPT_FILTERS
-        if len(origin) > FEW_ALLOWED * self._count or 2 * self._width * len(origin) > most:
+        if finite > FEW_ALLOWED * self._count or 2 * self._width * finite > most:
             rows = Rows(self._vectors, self._count, bits.view(torch.int32))
-            return _Searched(number, rows, None, len(origin), unusable)
-        capacity = -(-len(origin) // LARGEST_TILE) * LARGEST_TILE
+            return _Searched(number, rows, None, finite, unusable)
+        origin = flags.nonzero().flatten()
+        capacity = -(-finite // LARGEST_TILE) * LARGEST_TILE
         few = self._vectors.new_empty(capacity, self._width)
-        torch.index_select(self._vectors, 0, origin, out=few[: len(origin)])
-        few[len(origin) :] = 0
-        return _Searched(number, Rows(few, len(origin)), origin, len(origin), unusable)
+        torch.index_select(self._vectors, 0, origin, out=few[:finite])
+        few[finite:] = 0
+        return _Searched(number, Rows(few, finite), origin, finite, unusable)
 
     def _batch(self, rows: Rows, k: int) -> int:
         """How many queries are answered at once, so that what is kept of each stays within `SCRATCH`."""

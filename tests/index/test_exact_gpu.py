@@ -9,6 +9,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,6 +129,25 @@ def test_filters_that_cannot_change_are_kept_until_something_is_appended(device:
     for _ in range(3):
         assert_exact(index, vectors, queries, 10, sound)
         np.testing.assert_array_equal(index.search(queries, 10)[1], index.search(queries, 10, sound)[1])
+
+
+def test_what_was_prepared_before_an_append_is_not_kept_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = unit_vectors(np.random.default_rng(17), 400, 8)
+    index = filled(vectors[:300])
+    prepared = index._prepared
+    appending = Thread(target=index.append, args=(vectors[300:], 1300 + np.arange(100)))
+
+    def prepared_meanwhile(allowed: np.ndarray | None, number: int | None) -> Any:
+        searched = prepared(allowed, number)
+        appending.start()
+        appending.join(1)  # it may have to wait for this
+        return searched
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "_prepared", prepared_meanwhile)
+        index.search(vectors[:1], 1)
+    appending.join()
+    assert_exact(index, vectors, vectors[290:310], 5)
 
 
 def test_tensors_are_taken_as_they_are() -> None:
@@ -370,6 +391,17 @@ def test_recorded_searches_find_the_same_also_after_an_append_and_from_several_t
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(ask, range(400)))
+
+
+@on_gpu
+def test_a_filter_that_allows_much_takes_little_memory() -> None:
+    count = 4_000_000
+    index = ExactGpuIndex(torch.zeros(count, 16, device="cuda").half(), np.arange(count))
+    index.search(np.ones((1, 16), np.float32), 1, np.ones(count, bool))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    index.search(np.ones((1, 16), np.float32), 1, np.ones(count, bool))
+    assert torch.cuda.max_memory_allocated() - before < 6 * count
 
 
 @on_gpu
