@@ -2,12 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from threading import Lock
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cots.data.square_transform import SquareTransform
@@ -16,6 +17,7 @@ from cots.model.folding import fold_batch_norms
 from cots.model.model_directory import SavedModel
 from cots.model.tower import lower_precision
 from cots.moments import unit_mean
+from cots.onednn import quick_linears
 
 
 class RetrievalModel(ABC):
@@ -104,6 +106,7 @@ class CotsModel(RetrievalModel):
         self._texts = saved.text_stream().to(device)
         self._saved = saved
         self._images: ImageStream | None = None
+        self._has_linears = False  # in the image tower
         self._building = Lock()
 
     def pool_frames(self, frames: np.ndarray) -> np.ndarray:
@@ -114,10 +117,12 @@ class CotsModel(RetrievalModel):
             return self._image_stream().pool_frames(clip)[0].cpu().numpy()
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
-        return self._image_stream().encode_image(pixels.contiguous(memory_format=torch.channels_last)).embedding
+        stream = self._image_stream()
+        with quick_linears(self.device) if self._has_linears else nullcontext():
+            return stream.encode_image(pixels.contiguous(memory_format=torch.channels_last)).embedding
 
     def _encode_sentences(self, texts: list[str]) -> Tensor:
-        with half_precision(self.device):
+        with half_precision(self.device), quick_linears(self.device):
             return self._texts.encode_text(self.tokenizer(texts).to(self.device)).embedding
 
     def _image_stream(self) -> ImageStream:
@@ -128,9 +133,12 @@ class CotsModel(RetrievalModel):
 
     def _build_image_stream(self) -> ImageStream:
         stream = self._saved.image_stream().to(self.device).to(memory_format=torch.channels_last)
+        self._has_linears = any(isinstance(module, nn.Linear) for module in stream.image_tower.modules())
         sample = torch.rand(1, 3, self.image_size, self.image_size, device=self.device)
         stream.image_tower = fold_batch_norms(stream.image_tower, sample)
         if self.device.type == "cuda":
             lower_precision(stream, torch.float16)
-            torch.cuda.synchronize(self.device)  # whichever thread's stream uses it next
+            # Complete, whichever thread's stream uses it next. To wait for the whole device would fail, and spoil what
+            # another thread records just then (index/recorded.py).
+            torch.cuda.current_stream(self.device).synchronize()
         return stream
