@@ -100,7 +100,7 @@ def create_gallery(directory: str | Path, model: "RetrievalModel", table: str | 
     place = None if table is None else TablePlace.parse(table)
     if (directory / "manifest.json").is_file():
         gallery = open_gallery(directory)
-        if place is not None and place != gallery.place:
+        if place is not None and not place.is_that_of(gallery.place):
             raise GalleryError(
                 f"The table of the gallery {directory} lies at {gallery.place.address}, not at {place.address}; "
                 "leave --table out, or build another gallery there."
@@ -110,7 +110,7 @@ def create_gallery(directory: str | Path, model: "RetrievalModel", table: str | 
         return gallery
     directory.mkdir(parents=True, exist_ok=True)
     # The manifest comes after the table, so that what opens has one, and before the first row, whose meaning it is.
-    if place is None or place == TablePlace(str(directory)):
+    if place is None or place.is_that_of(TablePlace(str(directory))):
         manifest = _with_table_inside(directory, model)
     else:
         manifest = _with_table_elsewhere(directory, model, place)
@@ -182,8 +182,8 @@ class Gallery:
 
     def _table_lost(self) -> GalleryError:
         return GalleryError(
-            f"The gallery {self.directory} has lost its table {TABLE}.lance at {self.place.address}; "
-            "build a new one elsewhere."
+            f"The gallery {self.directory} has lost its table {TABLE}.lance at {self.place.address}; put it back "
+            "there if it was moved, or build a new gallery elsewhere."
         )
 
     def require_own_table(self) -> None:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 
@@ -53,22 +52,31 @@ class TablePlace:
         """What a user names as the place of a table.
 
         Raises:
-            GalleryError: it is the address of no store that COTS knows, or holds credentials, which the manifest would
-                then hold too.
+            GalleryError: it is empty, the address of no store that COTS knows, or holds credentials, which the
+                manifest would then hold too.
         """
         given = str(given)
-        if "://" not in given:
+        if given and "://" not in given:
             return cls(str(Path(given).expanduser().absolute()))
-        parts = urlsplit(given)
-        if parts.scheme not in SCHEMES or not parts.netloc:
+        scheme, _, rest = given.partition("://")
+        place, *options = re.split(r"[?#]", rest, maxsplit=1)
+        bucket, _, prefix = place.partition("/")
+        scheme = scheme.lower()
+        if options or re.search("[:@]", bucket):  # a secret may hold a slash, so that its @ is not in the bucket
+            raise GalleryError(
+                f"The {scheme}:// address was given with more than a bucket and a prefix; give only these, and set "
+                "credentials and options in the environment, such as AWS_ACCESS_KEY_ID."
+            )
+        if scheme not in SCHEMES or not re.fullmatch(r"[\w.-]+", bucket):
             known = ", ".join(f"{scheme}://bucket/prefix" for scheme in SCHEMES)
             raise GalleryError(f"A table cannot be kept at {given!r}; give a folder or one of {known}.")
-        if "@" in parts.netloc or parts.query or parts.fragment:
-            raise GalleryError(
-                f"The address {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path} was given with more; give "
-                "only that, and set credentials and options in the environment, such as AWS_ACCESS_KEY_ID."
-            )
-        return cls(given.rstrip("/"))
+        return cls(f"{scheme}://{bucket}/{prefix}".rstrip("/"))
+
+    def is_that_of(self, other: "TablePlace") -> bool:
+        """Whether both are the same place, whatever name it was given."""
+        if self.folder is None or other.folder is None:
+            return self == other
+        return os.path.realpath(self.address) == os.path.realpath(other.address)
 
     @property
     def folder(self) -> Path | None:
@@ -85,7 +93,7 @@ class TablePlace:
             identity, owner: what to mark it with if it lies outside of its gallery's folder.
 
         Raises:
-            GalleryError: the place cannot be reached or written to.
+            GalleryError: the place cannot be reached, or the folder not be made or written to.
         """
         if identity:
             fields = [field.with_metadata({OWNER: owner}) if field.name == "id" else field for field in schema]
@@ -97,6 +105,13 @@ class TablePlace:
                 if "already exists" in str(error) or "commit conflict" in str(error):
                     return None
                 raise
+            except OSError as error:
+                if self.folder is None:
+                    raise
+                reason = (error.strerror or str(error)).lower()
+                raise GalleryError(
+                    f"No table can be made in {self.address} ({reason}); choose another place."
+                ) from error
 
     def open(self) -> "Table | None":
         """The table; None if there is none.

@@ -209,8 +209,13 @@ def test_a_build_whose_store_goes_away_says_so_and_is_gone_on_with(
         ("s3://no-such-bucket/gallery", r"The table at s3://no-such-bucket/gallery .*there is no such bucket"),
         ("ftp://host/gallery", r"A table cannot be kept at 'ftp://host/gallery'; give a folder or one of s3://"),
         ("s3:///gallery", r"A table cannot be kept at 's3:///gallery'"),
-        ("s3://key:secret@bucket/gallery", r"The address s3://bucket/gallery was given with more"),
-        ("s3://bucket/gallery?secret=1", r"The address s3://bucket/gallery was given with more"),
+        ("s3://key:secret@bucket/gallery", r"The s3:// address was given with more than a bucket and a prefix"),
+        ("s3://key:half/secret@bucket/gallery", r"The s3:// address was given with more than a bucket and a prefix"),
+        ("s3a://key:secret@bucket/gallery", r"The s3a:// address was given with more than a bucket and a prefix"),
+        ("s3://bucket/gallery?secret=1", r"The s3:// address was given with more than a bucket and a prefix"),
+        ("s3://[bucket/gallery", r"A table cannot be kept at 's3://\[bucket/gallery'"),
+        ("", r"A table cannot be kept at ''; give a folder"),
+        ("/dev/null", r"No table can be made in /dev/null \(file exists\); choose another place"),
     ],
 )
 def test_an_address_that_cannot_be_used_is_a_sentence_and_leaves_nothing(
@@ -258,6 +263,23 @@ def test_a_table_in_another_folder(photos: Path, tmp_path: Path, tiny_model: Ret
     shutil.rmtree(folder)
     with pytest.raises(GalleryError, match=r"has lost its table vectors\.lance at .*tables"):
         open_gallery(gallery)
+
+
+@pytest.mark.parametrize("name", ["gallery/../gallery", "link"])
+def test_a_galleries_own_folder_by_another_name_is_its_own(
+    photos: Path, tmp_path: Path, tiny_model: RetrievalModel, name: str
+) -> None:
+    (tmp_path / "gallery").mkdir()
+    (tmp_path / "link").symlink_to("gallery")
+    build([photos / "00.png"], tmp_path / "gallery", tiny_model, table=tmp_path / name)
+    build([photos / "01.png"], tmp_path / "gallery", tiny_model, table=tmp_path / name)
+    assert info((tmp_path / "gallery").rename(tmp_path / "moved"))["items"] == 2
+
+
+def test_an_address_is_the_same_however_its_scheme_is_written(
+    remote: Gallery, photos: Path, tiny_model: RetrievalModel
+) -> None:
+    assert build([photos], remote.directory, tiny_model, table=f"S3{TABLE[2:]}/").unchanged == 15
 
 
 def test_a_manifest_of_before_has_its_table_in_its_folder(gallery: Gallery) -> None:
