@@ -244,4 +244,5 @@ def _outcome(work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T |
     try:
         return work(*arguments, **named)
     except MediaError as error:
-        return error
+        # Whoever keeps it keeps no pictures: the traceback of the one that was raised leads to those of the whole job.
+        return MediaError(error.path, error.reason)

@@ -1,9 +1,11 @@
 """Decoding ahead: the same outcomes in the same order whoever decodes, and bounded memory."""
 
+import gc
 import io
 import itertools
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,3 +170,18 @@ def test_decoding_says_beforehand_how_many_pixels_it_will_hold() -> None:
         Image.new("RGB", (1600, 800)).save(file, "JPEG", **options)
         open_image(file.getvalue(), target_size=100, admit=lambda size, pixels: told.append((size, pixels)))
     assert told == [((1600, 800), 1600 * 800), ((1600, 800), 400 * 200)]
+
+
+def test_an_error_that_is_kept_keeps_no_pictures(tmp_path: Path) -> None:
+    for place in range(4):
+        Image.new("RGB", (90, 80), (place, 0, 0)).save(tmp_path / f"{place}.jpg")
+    samples = list(iter_samples([tmp_path], no_error))
+    (tmp_path / "2.jpg").unlink()
+    outcomes = list(decoder(batched=True).decode(samples))
+    pictures = [weakref.ref(outcome.pixels) for outcome in outcomes if isinstance(outcome, Decoded)]
+    (error,) = (outcome for outcome in outcomes if isinstance(outcome, MediaError))
+    del outcomes
+    gc.collect()
+    assert len(pictures) == 3
+    assert [picture() for picture in pictures] == [None] * 3
+    assert error.path == samples[2].path
