@@ -282,9 +282,14 @@ class Gallery:
         return found["id"].to_numpy()
 
     def remove_items(self, items: Iterable[int]) -> None:
-        """Delete all rows of some items, in one commit. The caller holds the lock."""
+        """Delete all rows of some items, in one commit. The caller holds the lock.
+
+        Raises:
+            GalleryError: see `require_own_table`.
+        """
         listed = ", ".join(str(int(item)) for item in items)
         if listed:
+            self.require_own_table()
             self.table.delete(f"item IN ({listed})")
 
     def stored_path(self, path: str) -> str:

@@ -82,6 +82,15 @@ def test_a_copy_of_the_folder_reads_and_writes_only_once_it_is_adopted(
     assert check(moved) == []
 
 
+def test_what_was_opened_before_another_copy_adopted_the_table_removes_nothing(remote: Gallery, tmp_path: Path) -> None:
+    assert len(remote.snapshot) > 0
+    adopt_table(shutil.copytree(remote.directory, tmp_path / "copy"))
+    with pytest.raises(GalleryError, match="written to by another copy"):
+        remote.remove_items([1])
+    assert check(remote.directory) == []
+    assert info(remote.directory)["items"] == 15
+
+
 def test_a_build_stops_when_another_copy_adopts_its_table(
     store: ObjectStore, photos: Path, tmp_path: Path, tiny_model: RetrievalModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
