@@ -189,9 +189,9 @@ def folder_mark(lock: Path) -> str:
 
 def meaning(text: str) -> str:
     """An error of LanceDB's in a few words, with no signature that an address holds."""
-    for sign, meaning in MEANINGS:
+    for sign, words in MEANINGS:
         if re.search(sign, text):
-            return meaning
+            return words
     if re.search(OUTAGE, text):
         return "it cannot be reached"
     text = re.sub(r"\?\S+", "", text)  # of an address, where Azure takes a signature
