@@ -1,8 +1,8 @@
 """Files read, hashed and looked into by processes of their own, for a decoder that is quicker than Python's threads.
 
 A GPU decodes 14,000 JPEGs a second that lie in memory (H100), and 5,500 that sixteen threads of this process open, read
-and hash, whose every call gives the interpreter's lock away and takes it back; so that is done elsewhere, in memory that
-both sides see.
+and hash, whose every call gives the interpreter's lock away and takes it back; so that is done elsewhere, in memory
+that both sides see.
 
     python -m cots.data.file_readers DESCRIPTOR BYTES     # such a process: requests on its standard input
 """
