@@ -309,6 +309,9 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
 
 
 def _compile(network: TrainingNetwork, by_layer: bool) -> None:
+    # Else a tower under DistributedDataParallel becomes a graph for every 25 MB of gradients, for some to be reduced while
+    # others are computed: minutes of compiling for the half millisecond that a tower's gradients take over NVLink.
+    torch._dynamo.config.optimize_ddp = False
     _compile_encoder(network.encoder, by_layer)
     for head in (network.image_head, network.text_head):
         if head is not None:

@@ -138,7 +138,9 @@ def test_a_resumed_run_takes_the_steps_of_one_that_was_never_stopped(
 
 
 @two_gpus
-@pytest.mark.parametrize("changes", [{}, {"sharding": "sharded"}, {"sharding": "sharded", "compile": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"compile": True}, {"sharding": "sharded"}, {"sharding": "sharded", "compile": True}]
+)
 def test_two_gpus_take_the_steps_of_one(make_config: MakeConfig, every_level: dict, changes: dict) -> None:
     every_level["masked_modeling"] = {}
     common = {"objective": every_level, "data": {"captions_per_item": 2}}
