@@ -6,7 +6,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOORS: dict[int, list[tuple[str, ...]]] = {  # the parts of each floor; a part may be several modules
-    1: [("cots.errors", "cots.embedded", "cots.full_precision", "cots.onednn", "cots.single_core", "cots.stopwatch")],
+    1: [
+        ("cots.errors", "cots.embedded", "cots.full_precision", "cots.onednn", "cots.recording", "cots.single_core"),
+        ("cots.stopwatch",),
+    ],
     2: [("cots.settings", "cots.config", "cots.tokenizer_config")],
     3: [("cots.data",), ("cots.moments",)],
     4: [("cots.model",)],

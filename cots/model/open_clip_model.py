@@ -53,9 +53,12 @@ class OpenClipModel(RetrievalModel):
         with half_precision(self.device), quick_linears(self.device):
             return self._model.encode_image((pixels.float() - self._mean) / self._std)
 
-    def _encode_sentences(self, texts: list[str]) -> Tensor:
+    def _token_ids(self, texts: list[str]) -> Tensor:
+        return self._tokenizer(texts)
+
+    def _encode_tokens(self, token_ids: Tensor) -> Tensor:
         with half_precision(self.device), quick_linears(self.device):
-            return self._model.encode_text(self._tokenizer(texts).to(self.device))
+            return self._model.encode_text(token_ids)
 
 
 class PlainSelfAttention(nn.Module):

@@ -1,7 +1,7 @@
 """What search, evaluation and the gallery know of a model: pictures and sentences in, unit vectors out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from threading import Lock
 
@@ -18,6 +18,7 @@ from cots.model.model_directory import SavedModel
 from cots.model.tower import lower_precision
 from cots.moments import unit_mean
 from cots.onednn import quick_linears
+from cots.recording import RecordedFunction
 
 
 class RetrievalModel(ABC):
@@ -42,6 +43,11 @@ class RetrievalModel(ABC):
         self.dimension = dimension
         self.device = device
         self.square = square
+        self._image_vectors: Callable[[Tensor], Tensor] = self._unit_images
+        self._text_vectors: Callable[[Tensor], Tensor] = self._unit_texts
+        if device.type == "cuda":
+            self._image_vectors = RecordedFunction(self._unit_images, device)
+            self._text_vectors = RecordedFunction(self._unit_texts, device)
 
     @property
     def image_size(self) -> int:
@@ -55,9 +61,7 @@ class RetrievalModel(ABC):
         """Encode (B, 3, S, S) uint8 pixels into (B, D) float32 of unit norm, on the CPU."""
         if len(pixels) == 0:
             return torch.empty(0, self.dimension)
-        with torch.inference_mode():
-            embeddings = self._encode_pixels(pixels.to(self.device, non_blocking=True))
-        return F.normalize(embeddings.float(), dim=-1).cpu()
+        return self._image_vectors(pixels.to(self.device, non_blocking=True)).cpu()
 
     def encode_video(self, pixels: Tensor) -> Tensor:
         """Encode (B, F, 3, S, S) uint8 frames of clips into (B, D) float32 of unit norm, on the CPU."""
@@ -76,17 +80,27 @@ class RetrievalModel(ABC):
         """Encode sentences into (B, D) float32 of unit norm, on the CPU."""
         if not texts:
             return torch.empty(0, self.dimension)
-        with torch.inference_mode():
-            embeddings = self._encode_sentences(list(texts))
-        return F.normalize(embeddings.float(), dim=-1).cpu()
+        return self._text_vectors(self._token_ids(list(texts)).to(self.device)).cpu()
+
+    @torch.inference_mode()
+    def _unit_images(self, pixels: Tensor) -> Tensor:
+        return F.normalize(self._encode_pixels(pixels).float(), dim=-1)
+
+    @torch.inference_mode()
+    def _unit_texts(self, token_ids: Tensor) -> Tensor:
+        return F.normalize(self._encode_tokens(token_ids).float(), dim=-1)
 
     @abstractmethod
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 on the device -> (B, D)."""
+        """(B, 3, S, S) uint8 on the device -> (B, D); of its own accord it waits for nothing."""
 
     @abstractmethod
-    def _encode_sentences(self, texts: list[str]) -> Tensor:
-        """B sentences -> (B, D)."""
+    def _token_ids(self, texts: list[str]) -> Tensor:
+        """B sentences -> (B, L) int64, on the CPU."""
+
+    @abstractmethod
+    def _encode_tokens(self, token_ids: Tensor) -> Tensor:
+        """(B, L) on the device -> (B, D); of its own accord it waits for nothing."""
 
 
 def half_precision(device: torch.device) -> torch.autocast:
@@ -121,9 +135,12 @@ class CotsModel(RetrievalModel):
         with quick_linears(self.device) if self._has_linears else nullcontext():
             return stream.encode_image(pixels.contiguous(memory_format=torch.channels_last)).embedding
 
-    def _encode_sentences(self, texts: list[str]) -> Tensor:
+    def _token_ids(self, texts: list[str]) -> Tensor:
+        return self.tokenizer(texts)
+
+    def _encode_tokens(self, token_ids: Tensor) -> Tensor:
         with half_precision(self.device), quick_linears(self.device):
-            return self._texts.encode_text(self.tokenizer(texts).to(self.device)).embedding
+            return self._texts.encode_text(token_ids).embedding
 
     def _image_stream(self) -> ImageStream:
         with self._building:
