@@ -5,12 +5,14 @@
         --engines exact-gpu torch-gpu faiss-gpu-flat faiss-gpu-ivf                    # on a host with a GPU
 
 `search_data.py` says what base.npz is and how its photographs are grown to millions; the queries are captions. Each row
-is a process of its own over the same file of vectors, which is drawn once a size. An approximate engine is asked half
-of the queries with one setting after the other; for each wanted recall at 10 the first that reaches it is taken (of
-several ladders of settings the quickest), and the other half gives the figures. A row counts as found if it scores as
-well as the tenth best. Latency is of one query after the other, from an array to an array; "alone" is what FAISS takes
-of ours; "1 %" is with a random hundredth of the rows allowed. `--json` adds to what the file holds; the table comes
-last. What an engine makes stays in `--scratch` and is used again.
+is a process of its own over the same file of vectors, which another has drawn from a fixed seed on the CPU. An
+approximate engine is asked half of the queries with one setting after the other; for each wanted recall at 10 the first
+that reaches it is taken (of several ladders of settings the quickest), and the other half gives the figures. A row
+counts as found if it scores as well as the tenth best. Latency is of one query after the other, from an array to an
+array; "alone" is what FAISS takes of ours; "1 %" is with a random hundredth of the rows allowed. A timing ends after
+`--seconds`, or before that after 1,000 queries asked one by one, or 200 batches. `--json` adds to what the file holds,
+engine by engine, so that a run that is cut off loses one; the table comes last. What an engine makes stays in
+`--scratch` and is used again.
 """
 
 import argparse
@@ -36,6 +38,9 @@ from index.tuning import climb
 
 TARGETS = (0.8, 0.9, 0.95, 0.99)
 K = 10
+MOST_SINGLE = 1000  # queries that a timing asks one by one
+MOST_BATCHES = 200
+UPLOAD = 500_000
 
 
 def exact_scores(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
@@ -48,22 +53,24 @@ def exact_scores(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
         return exact_search(vectors, queries, K)[0]
     asked = torch.from_numpy(queries).cuda()
     best = torch.full((len(queries), K), -torch.inf, device="cuda")
-    for start in range(0, len(vectors), 500_000):
-        block = torch.from_numpy(np.array(vectors[start : start + 500_000])).cuda().float()
+    for start in range(0, len(vectors), UPLOAD):
+        block = torch.from_numpy(vectors[start : start + UPLOAD]).cuda().float()
         best = torch.cat([best, (asked @ block.T).topk(K).values], dim=1).topk(K).values
     return best.cpu().numpy()
 
 
-def prepare(base: Base, size: int, count: int, scratch: Path) -> None:
-    """Draw the vectors of a size and write them with the queries and their best scores."""
-    vectors_file, queries_file = scratch / f"vectors-{size}.npy", scratch / f"queries-{size}.npz"
-    if queries_file.is_file():
-        return
-    vectors = np.lib.format.open_memmap(vectors_file, "w+", np.float16, (size, base.images.shape[1]))
+def draw(base: Base, size: int, count: int, scratch: Path) -> None:
+    """Draw the vectors of a size and write them with the queries and the best scores of `count` of these."""
+    vectors = np.lib.format.open_memmap(scratch / f"vectors-{size}.npy", "w+", np.float16, (size, base.images.shape[1]))
     grow(base.images, size, vectors)
     vectors.flush()
     queries = base.queries.astype(np.float32)
-    np.savez(queries_file, queries=queries, scores=exact_scores(vectors, queries[:count]))
+    np.savez(_queries_file(scratch, size), queries=queries, scores=exact_scores(vectors, queries[:count]))
+
+
+def _queries_file(scratch: Path, size: int) -> Path:
+    """What is written last of a size."""
+    return scratch / f"queries-{size}.npz"
 
 
 def recall(vectors: np.ndarray, queries: np.ndarray, scores: np.ndarray, found: np.ndarray) -> float:
@@ -80,7 +87,7 @@ def milliseconds(ask: Callable[[np.ndarray], Any], queries: np.ndarray, seconds:
     for query in queries[:5]:
         ask(query[None])
     took: list[float] = []
-    while sum(took) < seconds and len(took) < 1000:
+    while sum(took) < seconds and len(took) < MOST_SINGLE:
         query = queries[len(took) % len(queries)]
         started = time.perf_counter()
         ask(query[None])
@@ -90,13 +97,15 @@ def milliseconds(ask: Callable[[np.ndarray], Any], queries: np.ndarray, seconds:
 
 
 def per_second(ask: Callable[[np.ndarray], Any], queries: np.ndarray, seconds: float) -> float:
-    """Queries a second in batches, the first of which does not count."""
+    """Queries a second in batches. The first two do not count, as a GPU's kernels are compiled and recorded in them,
+    unless the first takes all the time there is."""
     first = time.perf_counter()
     ask(queries)
+    if (took := time.perf_counter() - first) > seconds:
+        return round(len(queries) / took, 1)
+    ask(queries)
     started, batches = time.perf_counter(), 0
-    if started - first > seconds:
-        return round(len(queries) / (started - first), 1)
-    while time.perf_counter() - started < seconds:
+    while time.perf_counter() - started < seconds and batches < MOST_BATCHES:
         ask(queries)
         batches += 1
     return round(batches * len(queries) / (time.perf_counter() - started), 1)
@@ -152,7 +161,7 @@ def measure(
 def row(name: str, size: int, scratch: Path, seconds: float, batches: list[int]) -> list[dict[str, Any]]:
     """Build an engine and measure it in this process."""
     vectors = np.asarray(np.load(scratch / f"vectors-{size}.npy", mmap_mode="r"))
-    with np.load(scratch / f"queries-{size}.npz") as file:
+    with np.load(_queries_file(scratch, size)) as file:
         data = {"vectors": vectors, "queries": file["queries"], "scores": file["scores"]}
     place = scratch / f"{name}-{size}"
     place.mkdir(exist_ok=True)
@@ -255,8 +264,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of each timing")
     parser.add_argument("--scratch", type=Path, help="where vectors and structures lie; by default nowhere for long")
     parser.add_argument("--json", type=Path, help="results, to be added to")
+    parser.add_argument("--draw", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.draw:
+        draw(Base.load(arguments.base), arguments.draw, arguments.queries, arguments.scratch)
+        return
     if arguments.row:
         name, size = arguments.row
         print(json.dumps(row(name, int(size), arguments.scratch, arguments.seconds, arguments.batches)))
@@ -268,28 +281,39 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace, scratch: Path) -> None:
-    base = Base.load(arguments.base)
     document: dict[str, Any] = {"command": "", "rows": []}
     if arguments.json and arguments.json.is_file():
         document = json.loads(arguments.json.read_text())
     document |= hardware()
+    document["command"] = "python benchmarks/search.py --base base.npz --sizes SIZES --engines ENGINES"
+    command = [sys.executable, __file__, "--base", str(arguments.base), "--scratch", str(scratch)]
+    command += ["--queries", str(arguments.queries), "--seconds", str(arguments.seconds), "--batches"]
+    command += [str(batch) for batch in arguments.batches]
     for size in arguments.sizes:
-        prepare(base, size, arguments.queries, scratch)
+        if not _queries_file(scratch, size).is_file():
+            started = time.perf_counter()
+            # Its threads multiply small matrices, which OpenBLAS with threads of its own does at half the pace.
+            one_thread = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+            subprocess.run([*command, "--draw", str(size)], check=True, env=one_thread)
+            _tell(f"{size} are drawn", started)
         for name in arguments.engines:
-            command = [sys.executable, __file__, "--base", str(arguments.base), "--scratch", str(scratch)]
-            command += ["--seconds", str(arguments.seconds), "--row", name, str(size), "--batches"]
-            command += [str(batch) for batch in arguments.batches]
-            done = subprocess.run(command, capture_output=True, text=True)
+            started = time.perf_counter()
+            done = subprocess.run([*command, "--row", name, str(size)], capture_output=True, text=True)
             if done.returncode:
                 print(f"{name} of {size}: {(done.stderr.strip() or 'killed').splitlines()[-1]}", file=sys.stderr)
                 continue
             others = [each for each in document["rows"] if (each["engine"], each["vectors"]) != (name, size)]
             document["rows"] = others + json.loads(done.stdout.splitlines()[-1])
-            print(f"{name} of {size} is measured", file=sys.stderr, flush=True)
+            _tell(f"{name} of {size} is measured", started)
             if arguments.json:
-                document["command"] = "python benchmarks/search.py --base base.npz --sizes SIZES --engines ENGINES"
-                arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+                written = arguments.json.with_suffix(".part")
+                written.write_text(json.dumps(document, indent=1) + "\n")
+                written.replace(arguments.json)
     print(table(document["rows"]))
+
+
+def _tell(what: str, since: float) -> None:
+    print(f"{what}: {time.perf_counter() - since:.1f} s", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
