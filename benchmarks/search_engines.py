@@ -1,8 +1,8 @@
 """What benchmarks/search.py compares: one class an engine, each imports what it needs when it is made.
 
 An engine is built over vectors (N, D) float16 and gives rows. Each of its `ladders` lists settings from the quickest
-on; an exact engine has one setting. Vectors that must lie on a GPU are copied there when the engine is made; queries
-come and answers go as arrays of the CPU, and that counts.
+on; an exact engine has one setting. Vectors that must lie on a GPU are copied there when the engine is made, as float16
+and in chunks, whatever it makes of them there; queries come and answers go as arrays of the CPU, and that counts.
 """
 
 import time
@@ -218,7 +218,7 @@ class TorchGpu(Engine):
         self._torch = torch
         self._vectors = torch.empty(vectors.shape, dtype=torch.float16, device="cuda")
         for start in range(0, len(vectors), CHUNK):
-            self._vectors[start : start + CHUNK] = torch.from_numpy(np.array(vectors[start : start + CHUNK])).cuda()
+            self._vectors[start : start + CHUNK] = _on_gpu(vectors[start : start + CHUNK])
 
     def search(self, queries: np.ndarray, k: int, effort: Any) -> np.ndarray:
         torch = self._torch
@@ -238,19 +238,26 @@ class FaissGpu(Engine):
 
     def __init__(self, vectors: np.ndarray, scratch: Path) -> None:
         import faiss
+        import torch
 
         if not hasattr(faiss, "StandardGpuResources"):
             raise ImportError("this FAISS has no GPU code")
         self._resources = faiss.StandardGpuResources()
         self._index = self._empty(faiss, *vectors.shape)
         if not self._index.is_trained:
-            count = min(len(vectors), TRAINING_VECTORS * self._index.nlist)
-            rows = np.sort(np.random.default_rng(0).choice(len(vectors), count, replace=False))
-            self._index.train(vectors[rows].astype(np.float32))
+            self._train(vectors)
         for start in range(0, len(vectors), CHUNK):
-            self._index.add(vectors[start : start + CHUNK].astype(np.float32))
+            block = _on_gpu(vectors[start : start + CHUNK]).float()
+            torch.cuda.synchronize()  # FAISS has streams of its own
+            self._index.add_c(len(block), faiss.cast_integer_to_float_ptr(block.data_ptr()))
+            torch.cuda.synchronize()
+        del block
+        torch.cuda.empty_cache()
 
     def _empty(self, faiss: Any, count: int, dimension: int) -> Any:
+        raise NotImplementedError
+
+    def _train(self, vectors: np.ndarray) -> None:
         raise NotImplementedError
 
     def search(self, queries: np.ndarray, k: int, effort: Any) -> np.ndarray:
@@ -276,9 +283,21 @@ class FaissGpuIvf(FaissGpu):
         half, metric = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
         return faiss.GpuIndexIVFScalarQuantizer(self._resources, dimension, cells, half, metric, False)
 
+    def _train(self, vectors: np.ndarray) -> None:
+        count = min(len(vectors), TRAINING_VECTORS * self._index.nlist)
+        rows = np.sort(np.random.default_rng(0).choice(len(vectors), count, replace=False))
+        self._index.train(vectors[rows].astype(np.float32))
+        self._index.reserveMemory(len(vectors))  # vectors come 32,768 at a time, and each cell would grow many times
+
     def search(self, queries: np.ndarray, k: int, effort: Any) -> np.ndarray:
         self._index.nprobe = effort
         return self._index.search(queries, k)[1]
+
+
+def _on_gpu(vectors: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(np.array(vectors)).cuda()
 
 
 def _bytes_of(folder: Path) -> int:
