@@ -20,7 +20,8 @@ remains of e (below 1e-6 for unit vectors) is what any order of summing in float
 
 Any k is answered; for a large one the second pass has more to read, and fewer queries are answered at a time. Where a
 filter allows few vectors, these are copied together before they are searched, so that it costs less than none; else the
-first pass takes the filter as bits.
+first pass takes the filter as bits. Where few scores are to be made, the second pass makes all of them without a first,
+since so few kernels take longer to start than to run.
 
 Where the time goes on an H200, for N = 10 M of 256 dimensions (5.1 GB) and k = 10 (benchmarks/exact_search.py):
 
@@ -46,6 +47,7 @@ UPLOAD = 16_384  # vectors that are copied to the device at a time
 SPARE = 0.125  # of the vectors, room for more, where there is memory for it
 GROUP = 64  # blocks
 FEW_QUERIES = 64  # precise ones cost nothing extra
+FEW_SCORES = 2**17  # are sooner made than chosen from
 MOST_QUERIES = 1024
 MOST_RECORDED = 128  # hits; to choose more takes what cannot be recorded
 KEPT_FILTERS = 5  # of which one is no filter at all
@@ -276,9 +278,11 @@ class ExactGpuIndex:
         if len(unusable):
             usable = usable.copy()
             usable[unusable] = False
-        packed = np.packbits(usable, bitorder="little")
+        packed = torch.from_numpy(np.packbits(usable, bitorder="little"))
+        if self.device.type == "cuda":
+            packed = packed.pin_memory()  # which the GPU copies by itself, and torch keeps for the next filter
         bits = torch.zeros(len(self._vectors) // 8, dtype=torch.uint8, device=self.device)
-        bits[: len(packed)] = torch.from_numpy(packed)
+        bits[: len(packed)].copy_(packed, non_blocking=True)
         every = torch.arange(8, dtype=torch.uint8, device=self.device)
         flags = ((bits[:, None] >> every) & 1).flatten()
         finite = int(flags.sum())  # before they are listed, which takes eight bytes each
@@ -316,14 +320,14 @@ class ExactGpuIndex:
     def _search(
         self, rows: Rows, queries: torch.Tensor, k: int, precise: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The two passes: scores and positions (Q, k), and the highest maximum (Q,) of the blocks that were not
-        rescored, or None if all were."""
+        """The two passes, or the second over everything: scores and positions (Q, k), and the highest maximum (Q,) of
+        the blocks that were not rescored, or None if all were."""
         block = self.passes.block(len(queries), precise)
         blocks = -(-rows.count // block)
         partial = rows.count % block > 0
         chosen = _chosen(k) + partial
         elsewhere = None
-        if chosen >= blocks:
+        if chosen >= blocks or len(queries) * rows.count <= FEW_SCORES:
             best = torch.arange(blocks, device=self.device).expand(len(queries), -1)
         else:
             scale = _scale(queries)

@@ -41,6 +41,12 @@ KERNELS = ("resident", "streamed")
 SHARES = st.one_of(st.none(), st.sampled_from([0.0, 0.01, 0.3, 1.0]))
 
 
+@pytest.fixture(autouse=True)
+def both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The few vectors of these tests would all be scored by the second pass alone."""
+    monkeypatch.setattr(exact_gpu, "FEW_SCORES", 0)
+
+
 def interpreted_passes(kernel: str, dimension: int) -> Passes:
     """Tiles as small as the kernels allow, so that few vectors make many; two multiprocessors."""
     shape = TileShape(kernel, queries=16, tile=32, block=16, stages=2, warps=4)
@@ -74,6 +80,27 @@ def test_hits_are_those_of_brute_force(
 ) -> None:
     vectors, asked, allowed = drawn(seed, count, dimension, queries, share, doubles)
     assert_exact(filled(vectors, TorchPasses(block=16)), vectors, asked, k, allowed)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+@settings(deadline=None, max_examples=50)
+@given(
+    count=st.integers(0, 2000),
+    queries=st.integers(1, 4),
+    k=st.integers(1, 300),
+    share=SHARES,
+    doubles=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_second_pass_alone_finds_the_same(
+    device: str, count: int, queries: int, k: int, share: float | None, doubles: bool, seed: int
+) -> None:
+    """On either side of what is few."""
+    vectors, asked, allowed = drawn(seed, count, 48, queries, share, doubles)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact_gpu, "FEW_SCORES", 2000)
+        index = filled(vectors, TorchPasses(block=16) if device == "cpu" else None, device)
+        assert_exact(index, vectors, asked, k, allowed)
 
 
 def test_blocks_are_found_through_their_groups() -> None:
@@ -257,6 +284,15 @@ def test_interpreted_kernels_find_what_brute_force_finds(
 ) -> None:
     vectors, asked, allowed = drawn(seed, count, dimension, queries, share, doubles)
     assert_exact(filled(vectors, interpreted_passes(kernel, dimension)), vectors, asked, 1, allowed)
+
+
+@interpreted
+def test_interpreted_kernels_score_few_vectors_without_maxima(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact_gpu, "FEW_SCORES", 1000)
+    vectors, asked, allowed = drawn(6, 330, 48, 3, 0.5, True)
+    index = filled(vectors, interpreted_passes("streamed", 48))
+    assert_exact(index, vectors, asked, 4)
+    assert_exact(index, vectors, asked, 4, allowed)
 
 
 @interpreted
