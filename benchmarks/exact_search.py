@@ -184,17 +184,17 @@ def faiss_rows(index: ExactGpuIndex, queries: np.ndarray, runs: int) -> list[Row
     ]
 
 
-def kernels(index: ExactGpuIndex, queries: np.ndarray) -> dict[str, list[tuple[str, float]]]:
-    """Milliseconds of each kernel of one search, the longest first, and of all of them, by batch."""
+def kernels(index: ExactGpuIndex, queries: np.ndarray, few: np.ndarray) -> dict[str, list[tuple[str, float]]]:
+    """Milliseconds of each kernel of one search, the longest first, and of all, by batch, and under a new filter."""
     from torch.profiler import ProfilerActivity, profile
 
     found = {}
-    for batch in BATCHES:
+    for name, batch, allowed in (*((str(batch), batch, None) for batch in BATCHES), ("1, new filter", 1, few)):
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-            index.search(queries[:batch], 10)
+            index.search(queries[:batch], 10, allowed)
         events = [event for event in profiled.key_averages() if event.self_device_time_total > 0]
         events.sort(key=lambda event: -event.self_device_time_total)
-        found[str(batch)] = [
+        found[name] = [
             ("all", sum(event.self_device_time_total for event in events) / 1e3),
             *((f"{event.key[:60]} x{event.count}", event.self_device_time_total / 1e3) for event in events[:10]),
         ]
@@ -262,6 +262,7 @@ def main() -> None:
         rng = np.random.default_rng(0)
         masks = {share: rng.random(len(index)) < share for share in SHARES}
         checked = ((queries, 10, None), (queries[:64], 100, None), (queries, 10, 0.5), (queries, 10, 0.01))
+        checked += ((queries[:1], 10, 0.01),)
         document["checks"] = [
             {"batch": len(asked), "k": k, "allowed": share} | check(index, asked, k, masks.get(share or 0))
             for asked, k, share in checked
@@ -271,7 +272,7 @@ def main() -> None:
         index.search(queries, 10)
         document["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
         document["rows"] = compare(index, queries, masks, arguments.runs)
-        document["kernels"] = kernels(index, queries)
+        document["kernels"] = kernels(index, queries, masks[SHARES[0]])
         document["rows"] += faiss_rows(index, queries, arguments.runs)
     if arguments.json:
         arguments.json.write_text(json.dumps(document, indent=1))
