@@ -7,11 +7,18 @@ import numpy as np
 import pytest
 import torch
 
+from index import exact_gpu
 from index.exact_gpu import ExactGpuIndex
 from index.topk_passes import Passes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 on_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@pytest.fixture(autouse=True)
+def both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The few vectors of these tests would all be scored by the second pass alone."""
+    monkeypatch.setattr(exact_gpu, "FEW_SCORES", 0)
 
 
 @pytest.fixture
@@ -26,6 +33,17 @@ def little_gpu_memory() -> Iterator[None]:
 def unit_vectors(rng: np.random.Generator, count: int, dimension: int) -> np.ndarray:
     vectors = rng.standard_normal((count, dimension)).astype(np.float32)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def drawn(
+    seed: int, count: int, dimension: int, queries: int, share: float | None, doubles: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    rng = np.random.default_rng(seed)
+    vectors = unit_vectors(rng, count, dimension)
+    if doubles and count:
+        vectors = vectors[rng.integers(0, max(count // 3, 1), count)]
+    allowed = None if share is None else rng.random(count) < share
+    return vectors.astype(np.float16), unit_vectors(rng, queries, dimension), allowed
 
 
 def assert_exact(
