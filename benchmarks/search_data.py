@@ -84,8 +84,8 @@ def draw(sources: list[str], captioned: int, limit: int | None, out: Path) -> No
 def grow(images: np.ndarray, count: int, out: np.ndarray, spread: float = SPREAD, seed: int = 0) -> None:
     """Fill `out` (count, D), any float type, with grown rows of `images` (B, D).
 
-    The seed says which, up to how the BLAS rounds: with two threads instead of one, 12,000 of the 256 million numbers of
-    a million rows differ, by one in the last place of float16.
+    The seed says which, up to how the BLAS rounds: with two threads instead of one, 12,000 of the 256 million numbers
+    of a million rows differ, by one in the last place of float16.
     """
     images = images.astype(np.float32)
     near = min(NEIGHBOURS, len(images))
