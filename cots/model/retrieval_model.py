@@ -82,13 +82,15 @@ class RetrievalModel(ABC):
             return torch.empty(0, self.dimension)
         return self._text_vectors(self._token_ids(list(texts)).to(self.device)).cpu()
 
-    @torch.inference_mode()
     def _unit_images(self, pixels: Tensor) -> Tensor:
-        return F.normalize(self._encode_pixels(pixels).float(), dim=-1)
+        with torch.inference_mode():
+            embeddings = self._encode_pixels(pixels)
+        return F.normalize(embeddings.float(), dim=-1)
 
-    @torch.inference_mode()
     def _unit_texts(self, token_ids: Tensor) -> Tensor:
-        return F.normalize(self._encode_tokens(token_ids).float(), dim=-1)
+        with torch.inference_mode():
+            embeddings = self._encode_tokens(token_ids)
+        return F.normalize(embeddings.float(), dim=-1)
 
     @abstractmethod
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
