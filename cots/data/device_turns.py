@@ -1,10 +1,16 @@
 """A few streams of a device, each used by one thread at a time."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
 
 import torch
+
+# A process has eight queues to a GPU unless it asks for more, and streams that share one wait for each other: nvJPEG's
+# seven and those of a decoder and a model are more, so that decoding waited behind whole batches of the model. It
+# counts from the first use of the GPU on.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 class DeviceTurns:
