@@ -11,6 +11,7 @@ import glob
 import hashlib
 import io
 import os
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,6 +31,7 @@ from cots.data.shards import MEMBER_SEPARATOR, TarIndex, read_captions
 from cots.data.transforms import TrainingTransform
 from cots.errors import MediaError, SourceError, TrainingError
 from cots.model.caption_tokenizer import CaptionTokenizer
+from pretrain.loader_workers import worker_options
 
 _SUBSTITUTES = 16
 CLIP_FRAMES = 4
@@ -152,27 +154,39 @@ class ShardPairs:
 class TablePairs:
     """Pairs of anything else that `iter_samples` reads, such as a table.
 
+    The samples lie pickled one behind the other: millions of objects would take seconds to send to each worker, and a
+    forked one would copy them all, as their references are counted.
+
     Attributes:
         left_out: what is no readable picture or clip, or has no caption.
     """
 
     def __init__(self, path: str) -> None:
         self.left_out: list[MediaError] = []
-        self.samples: list[Sample] = []
+        records: list[bytes] = []
         for sample in iter_samples([path], self.left_out.append):
             if sample.captions:
-                self.samples.append(sample)
+                records.append(pickle.dumps(tuple(vars(sample).values())))
             else:
                 self.left_out.append(MediaError(sample.path, "it has no caption"))
+        self._records = b"".join(records)
+        self._ends = np.cumsum([0, *map(len, records)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "left_out": []}  # which is for the user, not for workers
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self._ends) - 1
+
+    def sample(self, index: int) -> Sample:
+        start, end = self._ends[index : index + 2].tolist()
+        return Sample(*pickle.loads(self._records[start:end]))
 
     def name(self, index: int) -> str:
-        return self.samples[index].path
+        return self.sample(index).path
 
     def read(self, index: int) -> Pair:
-        sample = self.samples[index]
+        sample = self.sample(index)
         return Pair(sample.read_bytes(), sample.captions, sample.extra.get("group", ""))
 
 
@@ -341,13 +355,10 @@ def training_loader(
     return DataLoader(
         pairs,
         batch_sampler=sampler,
-        num_workers=config.workers,
         collate_fn=partial(_collate, frames=config.frames_per_item),
         pin_memory=pin_memory,
         prefetch_factor=4 if config.workers else None,
-        worker_init_fn=_single_thread,
-        # the global generator belongs to the model's dropout: a resumed run must find it as it was
-        generator=torch.Generator(),
+        **worker_options(config.workers),
     )
 
 
@@ -367,7 +378,3 @@ def _collate(items: list[tuple[Any, ...]], frames: int) -> Batch:
 
 def _seed_of(*values: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "little") >> 1
-
-
-def _single_thread(_: int) -> None:
-    torch.set_num_threads(1)

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,6 +21,7 @@ from cots.data.transforms import TrainingTransform
 from cots.errors import MediaError
 from cots.model.caption_tokenizer import CaptionTokenizer
 from pretrain.loader import CLIP_FRAMES, PairSource
+from pretrain.loader_workers import worker_options
 
 TINY = 32
 """Pixels: a picture whose shorter side has fewer shows little."""
@@ -116,7 +116,7 @@ def look_at(
     chosen = np.unique(np.linspace(0, count - 1, min(count, _DECODED)).round().astype(int)).tolist()
     items = _Items(source, chosen, tokenizer, TrainingTransform(image_size, data.augmentation), data.captions_per_item)
     workers = min(data.workers, os.cpu_count() or 1) if len(chosen) > _FEW else 0
-    loader = DataLoader(items, batch_size=None, num_workers=workers, generator=torch.Generator())
+    loader = DataLoader(items, batch_size=None, **worker_options(workers))
     found.facts = list(loader)
     for fact in found.facts:
         if fact.digest:

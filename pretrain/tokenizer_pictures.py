@@ -18,6 +18,7 @@ from cots.data.device_augmentation import DRAWS
 from cots.data.square_transform import SquareTransform
 from cots.errors import MediaError, MissingDependency, TrainingError
 from pretrain.loader import CLIP_FRAMES, PairSource, StepSampler, name_of
+from pretrain.loader_workers import worker_options
 from pretrain.pixel_cache import uniform_draws
 
 Bad = tuple[str, str]  # a sample's name, and why it could not be read
@@ -72,10 +73,8 @@ def decode_all(sources: Sequence[PairSource], side: int, workers: int) -> Decode
     loader = DataLoader(
         _Decoded(SquareFrames(sources, side)),
         batch_size=_DECODED_AT_ONCE,
-        num_workers=workers,
         collate_fn=_join,
-        worker_init_fn=_single_thread,
-        generator=torch.Generator(),  # a resumed run must find the global one as it was
+        **worker_options(workers),
     )
     pixels: list[Tensor] = []
     counts: list[int] = []
@@ -158,12 +157,10 @@ def squares_from_loader(
     loader = DataLoader(
         _OneFrame(frames, seed),
         batch_sampler=sampler,
-        num_workers=workers,
         collate_fn=_stack,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_single_thread,
-        generator=torch.Generator(),
+        **worker_options(workers),
     )
     for pixels, place, bad in loader:
         draws = uniform_draws(seed, place, len(pixels))
@@ -203,7 +200,3 @@ def _frame(draws: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def _on_device(draws: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(draws[:, :DRAWS].astype(np.float32)).to(device, non_blocking=True)
-
-
-def _single_thread(_: int) -> None:
-    torch.set_num_threads(1)

@@ -23,6 +23,7 @@ from cots.data.square_transform import SquareTransform
 from cots.errors import ConfigError, TrainingError
 from cots.model.dual_encoder import DualEncoder
 from cots.model.model_directory import save_model
+from cots.model.open_clip_architecture import OPEN_CLIP
 from cots.model.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 from cots.objectives.collaborative import CollaborativeObjective
 from pretrain.checkpoint import (
@@ -36,6 +37,7 @@ from pretrain.checkpoint import (
 from pretrain.distributed import Ranks, StopRequest, process_group
 from pretrain.flops import matrix_rate
 from pretrain.loader import Batch, StepSampler, TablePairs, name_of, open_source, training_loader
+from pretrain.loader_workers import start_server
 from pretrain.model_card import model_card
 from pretrain.network import TrainingNetwork
 from pretrain.optimizer import rate_factor
@@ -81,6 +83,9 @@ class Run:
         self.directory = Path(training.output)
         checkpoint = _checkpoint_to_resume(self.directory, training.resume)
 
+        if self.device.type == "cuda" and config.data.workers and config.data.cache_side is None:
+            # it imports what the loader's workers run while the networks are built
+            start_server(["open_clip"] if config.model.text_tower.name.startswith(OPEN_CLIP) else [])
         self.stepper = create_step(config, ranks)
         self.tokenizer = self.stepper.tokenizer
 

@@ -1,0 +1,112 @@
+"""Processes that load data beside a training, of one that may hold a GPU.
+
+On Linux a worker is forked from its parent in milliseconds, and shares what it reads. That is kept where no GPU is in
+use. A process that holds a CUDA context must not be forked: its threads are lost half way through what they did, and
+copying its mappings was seen to take seven seconds for each worker. Its workers are forked from a server instead: a
+process that has imported what they run and nothing else, knows of no GPU, and begins as early as the training does. On
+macOS they are spawned, as is its custom: there not even such a server may fork.
+
+A worker heeds its trainer alone. Ctrl-C and SIGTERM, which a terminal or a scheduler sends to every process of a job,
+are for the trainer, which may want batches until it has stopped; and when the trainer is gone, however it went, so are
+its workers.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from threading import Thread
+from typing import Any
+
+import torch
+
+_FOR_THE_TRAINER = (signal.SIGINT, signal.SIGTERM)
+_PRELOADED = ["pretrain.loader", "pretrain.source_check", "pretrain.tokenizer_pictures"]
+
+
+def worker_options(workers: int) -> dict[str, Any]:
+    """What a `DataLoader` with so many workers is to be given; data set and collate function must pickle."""
+    context = None
+    if workers and holds_gpu() and sys.platform == "linux":
+        start_server()
+        context = _ServedContext()
+    return {
+        "num_workers": workers,
+        "multiprocessing_context": context,
+        "worker_init_fn": _begin,
+        # the global generator belongs to the model's dropout: a resumed run must find it as it was
+        "generator": torch.Generator(),
+    }
+
+
+def holds_gpu() -> bool:
+    """Whether this process has a CUDA context."""
+    return torch.cuda.is_initialized()
+
+
+def start_server(further: Sequence[str] = ()) -> None:
+    """Start the process that workers are forked from, if none runs; returns at once, while it still imports.
+
+    Args:
+        further: modules that it imports too, if they are installed.
+    """
+    forkserver.set_forkserver_preload([*_PRELOADED, *further])
+    resource_tracker.ensure_running()  # multiprocessing starts it before, and then lets all signals through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_TRAINER)  # the server and its workers inherit this
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Served(ForkServerProcess):
+    """A process forked from the server."""
+
+    def start(self) -> None:
+        with _main_left_alone():
+            super().start()
+
+    def terminate(self) -> None:
+        self.kill()  # it ignores SIGTERM
+
+
+class _ServedContext(ForkServerContext):
+    Process = _Served
+
+
+@contextmanager
+def _main_left_alone() -> Iterator[None]:
+    """Processes that are started meanwhile do not run the main script again.
+
+    multiprocessing has each do so, for what it may define. A loader needs nothing of it, and a script that trains
+    without asking for `__name__ == "__main__"` would begin a training in every worker. The `__main__` of a package is
+    never run again, so the script is passed off as one.
+    """
+    main = sys.modules["__main__"]
+    before = main.__spec__
+    main.__spec__ = ModuleSpec("pretrain.__main__", None)
+    try:
+        yield
+    finally:
+        main.__spec__ = before
+
+
+def _begin(_: int) -> None:
+    """What a worker does first."""
+    torch.set_num_threads(1)
+    for number in _FOR_THE_TRAINER:
+        signal.signal(number, signal.SIG_IGN)
+    Thread(target=_end_with_trainer, daemon=True).start()
+
+
+def _end_with_trainer() -> None:
+    """torch's own workers look whether their parent still lives, which here is the server."""
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    trainer.join()
+    os._exit(1)
