@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Condition
 from typing import ParamSpec, TypeVar
 
@@ -16,6 +17,7 @@ from cots.data.file_readers import PROCESSES, FileReaders, JpegFile, digest_of
 from cots.data.frame_sampling import FrameSampling
 from cots.data.gpu_jpeg import GpuJpegDecoder
 from cots.data.image_io import MAX_PIXELS, open_image, os_reason
+from cots.data.pinned_memory import pin
 from cots.data.samples import Sample
 from cots.data.square_transform import SquareTransform
 from cots.errors import MediaError
@@ -87,8 +89,9 @@ class MediaDecoder:
         self._square = square
         self._frames = frames
         self._gpu_jpegs = gpu_jpegs
-        on_gpu = gpu_jpegs is not None and gpu_jpegs.device.type == "cuda"
-        self._readers = FileReaders(PROCESSES if on_gpu else 0, BYTES_A_GPU_JOB)
+        self._readers = FileReaders(0, 0)
+        if gpu_jpegs is not None and gpu_jpegs.device.type == "cuda":
+            self._readers = FileReaders(PROCESSES, BYTES_A_GPU_JOB, partial(pin, device=gpu_jpegs.device))
         self._stopwatch = stopwatch
         self._workers = workers
         # An image in flight counts 1, a video as many as there are images in flight for each worker: so there are

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import LifoQueue
@@ -71,10 +71,12 @@ class FileReaders:
     Args:
         processes: how many; 0 reads in the calling thread.
         room: bytes that a process holds for its caller, in memory that both see; a job of more is the caller's own.
+        pin: is told of such memory, and returns what is called before it goes away.
     """
 
-    def __init__(self, processes: int, room: int) -> None:
+    def __init__(self, processes: int, room: int, pin: Callable[[memoryview], Callable[[], object]] | None = None):
         self._room = room
+        self._pin = pin
         self._processes = processes
         self._usable = processes > 0 and os.name == "posix" and bool(sys.executable)
         self._jobs = self._lost = 0
@@ -93,7 +95,7 @@ class FileReaders:
         reader, sound = self._free.get(), None
         try:
             try:
-                reader = reader or _Reader(self._room)
+                reader = reader or _Reader(self._room, self._pin)
                 files = reader.read(samples)
                 sound = reader
             except (OSError, EOFError, pickle.UnpicklingError):
@@ -118,7 +120,7 @@ class FileReaders:
 class _Reader:
     """A process that reads files into memory which this one sees too, as long as it runs."""
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, room: int, pin: Callable[[memoryview], Callable[[], object]] | None) -> None:
         with tempfile.TemporaryFile() if not hasattr(os, "memfd_create") else _memory_file() as file:
             file.truncate(room)
             self._memory = memoryview(mmap.mmap(file.fileno(), room))
@@ -131,6 +133,7 @@ class _Reader:
                 pass_fds=[file.fileno()],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
             )
+            self._unpin = pin(self._memory) if pin is not None else None
 
     def read(self, samples: Sequence[Sample]) -> list[JpegFile | MediaError]:
         """See `read_jpegs`; the contents are overwritten by the next job.
@@ -158,6 +161,8 @@ class _Reader:
             with suppress(OSError):
                 _open(pipe).close()
         self.process.wait()
+        if self._unpin is not None:
+            self._unpin()
         self._memory = memoryview(b"")  # a mapping has a descriptor of its own
 
 

@@ -1,7 +1,7 @@
-"""JPEGs decoded, turned upright and scaled on a GPU, by torchvision's nvJPEG.
+"""JPEGs decoded, turned upright and scaled on a GPU, by the nvJPEG of TorchCodec, or else of torchvision.
 
 nvJPEG uses the chip's JPEG engines where it has them (A100, H100), which leaves the rest of the chip to a model. It
-knows no EXIF, gives nothing of a batch of which one file is damaged, and may not notice that a file is cut off; so
+gives nothing of a batch of which one file is damaged, and may not notice that a file is cut off; so
 `cots.data.jpeg_header` sorts out what it is given, and what it refuses is for Pillow to read or to name.
 """
 
@@ -9,7 +9,8 @@ import io
 import itertools
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -32,19 +33,63 @@ warnings.filterwarnings("ignore", message="The given buffer is not writable", ca
 Encoded = tuple[bytes | memoryview, BaselineJpeg]
 
 
+@dataclass(frozen=True)
+class JpegLibrary:
+    """Attributes:
+    decode: files, (N,) uint8 each, and a device -> (3, H, W) uint8 on it, complete; a RuntimeError if one is damaged.
+    heeds_streams: it waits for the current stream before it writes to memory that pictures of this stream have left.
+    turns: its pictures are upright; else they are as stored.
+    """
+
+    decode: Callable[[list[Tensor], torch.device], list[Tensor]]
+    heeds_streams: bool
+    turns: bool
+
+
+def torchcodec_jpegs() -> JpegLibrary:
+    """TorchCodec works on the current stream, with a decoder for each thread.
+
+    Raises:
+        ImportError, OSError, RuntimeError: it is not installed, or built for other versions of torch or CUDA.
+    """
+    from torchcodec.decoders import decode_jpeg
+
+    def decode(files: list[Tensor], device: torch.device) -> list[Tensor]:
+        return list(decode_jpeg(files, mode="RGB", device=device))
+
+    return JpegLibrary(decode, heeds_streams=True, turns=True)
+
+
+def torchvision_jpegs() -> JpegLibrary:
+    """torchvision, which has announced that its decoders will go, has one decoder on a stream of its own, which waits
+    for no other (pytorch/vision#9606) and whose kernels come after a model's.
+
+    Raises:
+        ImportError: they have gone.
+    """
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    def decode(files: list[Tensor], device: torch.device) -> list[Tensor]:
+        return list(decode_jpeg(files, mode=ImageReadMode.RGB, device=device))
+
+    return JpegLibrary(decode, heeds_streams=False, turns=False)
+
+
 class GpuJpegDecoder:
     """Decodes JPEGs as `open_image` and `square` would, on a device; several threads may use it at once.
 
     Args:
         square: how pictures are scaled.
-        device: a GPU; on a CPU torchvision's libjpeg decodes.
+        device: a GPU; on a CPU the library's libjpeg decodes.
+        library: which decodes.
 
     Attributes:
         device: as given.
     """
 
-    def __init__(self, square: SquareTransform, device: torch.device) -> None:
+    def __init__(self, square: SquareTransform, device: torch.device, library: JpegLibrary) -> None:
         self._square = square
+        self._library = library
         self.device = device
         self._turns = DeviceTurns(device, TURNS, urgent=True)
 
@@ -60,14 +105,18 @@ class GpuJpegDecoder:
         pictures: list[Tensor | None] = []
         with self._turns.turn() as stream:
             for part in _portions(files):
-                decoded = _decode([content for content, _ in part], self.device, stream)
-                pictures += self._scale(decoded, [header.orientation for _, header in part])
+                if stream is not None and not self._library.heeds_streams:
+                    stream.synchronize()
+                encoded = [torch.frombuffer(content, dtype=torch.uint8) for content, _ in part]
+                decoded = _decode(encoded, lambda files: self._library.decode(files, self.device))
+                pictures += self._scale(decoded, [header for _, header in part])
         return pictures
 
-    def _scale(self, decoded: list[Tensor | None], orientations: list[int]) -> list[Tensor | None]:
+    def _scale(self, decoded: list[Tensor | None], headers: list[BaselineJpeg]) -> list[Tensor | None]:
         alike: dict[tuple[torch.Size, int], list[int]] = defaultdict(list)
-        for place, (picture, orientation) in enumerate(zip(decoded, orientations)):
-            if picture is not None:
+        for place, (picture, header) in enumerate(zip(decoded, headers)):
+            orientation = 1 if self._library.turns else header.orientation
+            if picture is not None and (not self._library.turns or _is_upright(picture, header)):
                 alike[picture.shape, orientation].append(place)
         scaled: list[Tensor | None] = [None] * len(decoded)
         for (_, orientation), places in alike.items():
@@ -78,18 +127,26 @@ class GpuJpegDecoder:
 
 
 def gpu_jpeg_decoder(square: SquareTransform, device: torch.device) -> GpuJpegDecoder | None:
-    """The decoder of a device, or None if there is none: on a CPU, where torchvision is built without nvJPEG, or for
-    a filter that `resize_batch` lacks."""
+    """The decoder of a device, or None if there is none: on a CPU, where no library has nvJPEG, or for a filter that
+    `resize_batch` lacks."""
     if device.type != "cuda" or square.interpolation not in ("bicubic", "bilinear"):
         return None
     sample = io.BytesIO()
     Image.new("RGB", (64, 64)).save(sample, "JPEG")
-    decoder = GpuJpegDecoder(square, device)
-    try:
-        found = decoder.decode([(sample.getvalue(), BaselineJpeg(64, 64, 1))])
-    except ImportError:  # torchvision has announced that its decoders will go
-        return None
-    return None if found[0] is None else decoder
+    for library in (torchcodec_jpegs, torchvision_jpegs):
+        try:
+            decoder = GpuJpegDecoder(square, device, library())
+        except (ImportError, OSError, RuntimeError):
+            continue
+        if decoder.decode([(sample.getvalue(), BaselineJpeg(64, 64, 1))])[0] is not None:
+            return decoder
+    return None
+
+
+def _is_upright(picture: Tensor, header: BaselineJpeg) -> bool:
+    """Whether a decoder found the orientation that Pillow would: of a damaged EXIF they may think otherwise."""
+    height, width = picture.shape[-2:]
+    return (width, height) == header.upright_size
 
 
 def _portions(files: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
@@ -104,21 +161,12 @@ def _portions(files: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
         yield files[start:]
 
 
-def _decode(
-    contents: list[bytes | memoryview], device: torch.device, stream: torch.cuda.Stream | None
-) -> list[Tensor | None]:
-    """(3, H, W) uint8 as stored, of each file; None of those that cannot be decoded, found by halving."""
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    if stream is not None:
-        # The decoder works on a stream of its own and waits for no other: before it may write to memory that pictures
-        # of this stream have left, their kernels must be done (pytorch/vision#9606).
-        stream.synchronize()
-    encoded = [torch.frombuffer(content, dtype=torch.uint8) for content in contents]
+def _decode(files: list[Tensor], decode: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor | None]:
+    """The picture of each file; None of those that cannot be decoded, found by halving."""
     try:
-        return list(decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device))
+        return list(decode(files))
     except RuntimeError:  # of a damaged file, or of memory, of which half a batch needs less
-        if len(contents) == 1:
+        if len(files) == 1:
             return [None]
-    half = len(contents) // 2
-    return _decode(contents[:half], device, stream) + _decode(contents[half:], device, stream)
+    half = len(files) // 2
+    return _decode(files[:half], decode) + _decode(files[half:], decode)

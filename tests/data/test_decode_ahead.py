@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from cots.data import decode_ahead
 from cots.data.decode_ahead import Decoded, MediaDecoder, _PixelBudget, content_hash
 from cots.data.frame_sampling import EVERY_SECOND
-from cots.data.gpu_jpeg import GpuJpegDecoder
+from cots.data.gpu_jpeg import GpuJpegDecoder, torchvision_jpegs
 from cots.data.samples import Sample, iter_samples
 from cots.data.square_transform import SquareTransform
 from cots.errors import MediaError
@@ -29,7 +29,7 @@ SQUARE = SquareTransform(64)
 
 def decoder(batched: bool, workers: int = 2) -> MediaDecoder:
     """With JPEGs decoded many at once, as on a GPU but by a CPU, or each by Pillow."""
-    jpegs = GpuJpegDecoder(SQUARE, torch.device("cpu")) if batched else None
+    jpegs = GpuJpegDecoder(SQUARE, torch.device("cpu"), torchvision_jpegs()) if batched else None
     return MediaDecoder(SQUARE, EVERY_SECOND, workers, 8, jpegs, Stopwatch())
 
 

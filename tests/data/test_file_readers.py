@@ -4,15 +4,18 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Thread
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cots.data import file_readers
-from cots.data.file_readers import FileReaders, JpegFile, _Reader, read_jpegs
+from cots.data.file_readers import JOBS_BEFORE, FileReaders, JpegFile, _Reader, read_jpegs
+from cots.data.pinned_memory import pin
 from cots.data.samples import Sample, iter_samples
 from cots.errors import MediaError
 
@@ -206,3 +209,19 @@ def test_small_jobs_start_no_process(samples: list[Sample]) -> None:
             assert len(found) == len(samples)
     assert not started(readers)
     readers.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_memory_is_pinned_while_a_process_holds_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"bytes")
+    sample = Sample(str(path), "image", size=5)
+    readers = FileReaders(1, 200_000, partial(pin, device=torch.device("cuda")))
+    for _ in range(JOBS_BEFORE + 2):
+        with readers.read([sample]) as files:
+            (file,) = files
+            assert isinstance(file, JpegFile)
+            pinned = torch.frombuffer(file.content, dtype=torch.uint8).is_pinned()
+    assert pinned
+    readers.close()
+    assert torch.zeros(1, device="cuda").item() == 0
