@@ -2,7 +2,7 @@
 
     python benchmarks/embed_throughput.py SOURCE... [--model embedded] [--images 512] [--rounds 3] [--json OUT]
     python benchmarks/embed_throughput.py SOURCE... --make-jpegs 512 DIR --model open_clip_vit_b16
-    python benchmarks/embed_throughput.py SOURCE... --make-jpegs 20000 DIR --model vit_b16 --batches 64 128 256
+    python benchmarks/embed_throughput.py SOURCE... --make-jpegs 48000 DIR --model vit_b16 --batches 64 128 256
     python benchmarks/embed_throughput.py 'data/clips/val-*.tar' --videos
 
 The plain loops are what a person would write first: Pillow decodes, the transform scales, 32 pictures are stacked and
@@ -166,18 +166,16 @@ def model_alone(model: RetrievalModel, batch: int, samples: list[Sample]) -> int
 
 def gpu_jpeg_sides(samples: list[Sample], model: RetrievalModel) -> dict[str, float]:
     """Pictures a second of nvJPEG alone, and of nvJPEG and resizing with three threads, from bytes in memory."""
-    from torchvision.io import ImageReadMode, decode_jpeg
-
     contents = [sample.read_bytes() for sample in samples[:4096]]
     headers = [read_baseline(content) for content in contents]
     files = [(content, header) for content, header in zip(contents, headers) if header is not None]
     jobs = [files[start : start + FILES_A_GPU_JOB] for start in range(0, len(files), FILES_A_GPU_JOB)]
     decoder = gpu_jpeg_decoder(model.square, model.device)
-    assert decoder is not None, "this torchvision decodes no JPEGs on this GPU"
+    assert decoder is not None, "neither TorchCodec nor torchvision decodes JPEGs on this GPU"
 
     def raw(job: list[Any]) -> None:
         encoded = [torch.frombuffer(content, dtype=torch.uint8) for content, _ in job]
-        decode_jpeg(encoded, mode=ImageReadMode.RGB, device=model.device)
+        decoder.library.decode(encoded, model.device)
 
     rates: dict[str, float] = {}
     for name, work, threads in (("nvJPEG alone", raw, 1), ("nvJPEG and resizing", decoder.decode, 3)):

@@ -84,12 +84,12 @@ class GpuJpegDecoder:
         library: which decodes.
 
     Attributes:
-        device: as given.
+        device, library: as given.
     """
 
     def __init__(self, square: SquareTransform, device: torch.device, library: JpegLibrary) -> None:
         self._square = square
-        self._library = library
+        self.library = library
         self.device = device
         self._turns = DeviceTurns(device, TURNS, urgent=True)
 
@@ -105,18 +105,18 @@ class GpuJpegDecoder:
         pictures: list[Tensor | None] = []
         with self._turns.turn() as stream:
             for part in _portions(files):
-                if stream is not None and not self._library.heeds_streams:
+                if stream is not None and not self.library.heeds_streams:
                     stream.synchronize()
                 encoded = [torch.frombuffer(content, dtype=torch.uint8) for content, _ in part]
-                decoded = _decode(encoded, lambda files: self._library.decode(files, self.device))
+                decoded = _decode(encoded, lambda files: self.library.decode(files, self.device))
                 pictures += self._scale(decoded, [header for _, header in part])
         return pictures
 
     def _scale(self, decoded: list[Tensor | None], headers: list[BaselineJpeg]) -> list[Tensor | None]:
         alike: dict[tuple[torch.Size, int], list[int]] = defaultdict(list)
         for place, (picture, header) in enumerate(zip(decoded, headers)):
-            orientation = 1 if self._library.turns else header.orientation
-            if picture is not None and (not self._library.turns or _is_upright(picture, header)):
+            orientation = 1 if self.library.turns else header.orientation
+            if picture is not None and (not self.library.turns or _is_upright(picture, header)):
                 alike[picture.shape, orientation].append(place)
         scaled: list[Tensor | None] = [None] * len(decoded)
         for (_, orientation), places in alike.items():
