@@ -25,7 +25,8 @@ def record(work: Callable[[], T], stream: torch.cuda.Stream, pool: Any) -> tuple
     """A graph that does again, on the same memory, what `work` starts, and what `work` returned.
 
     Args:
-        work: waits for nothing, and has been done before, so that its kernels are compiled.
+        work: waits for nothing, and was done before: what libraries prepare for a kernel (cuBLAS for a thread and a
+            stream) cannot be recorded.
         stream: of the recordings that share a pool; torch's own is one for all, and of the device that was first.
         pool: `torch.cuda.graph_pool_handle()`, of graphs that are never replayed at the same time.
 
@@ -38,6 +39,11 @@ def record(work: Callable[[], T], stream: torch.cuda.Stream, pool: Any) -> tuple
         # other threads may go on allocating and copying meanwhile
         with _one_at_a_time, torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             result = work()
+    except RuntimeError:
+        # Before torch 2.13 the generator of random numbers goes on believing that it is recorded.
+        generator = torch.cuda.default_generators[stream.device.index]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
     finally:
         torch.cuda.set_stream(before)  # which torch does not do for a recording that fails
     return graph, result
@@ -100,6 +106,9 @@ class RecordedFunction:
             self._stream, self._pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
         try:
             own = given.clone()
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._stream):
+                self._function(own)
             graph, result = record(lambda: self._function(own), self._stream, self._pool)
         except RuntimeError as error:  # of which running out of memory is one
             log.debug("a call for %s could not be recorded: %s", tuple(given.shape), error)

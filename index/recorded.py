@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cots.recording import record
+
 MOST_RECORDINGS = 16
 log = logging.getLogger("cots")
-_one_at_a_time = Lock()  # in the process: to begin waits for the whole device, which spoils another recording
 
 
 @dataclass
@@ -82,20 +83,12 @@ class RecordedSearches:
 
     def _record(self, size: int, search: Callable[[Tensor], tuple[Tensor, Tensor]]) -> _Recording | None:
         """None if there is no memory for it, or the device does not allow it."""
-        before = torch.cuda.current_stream(self._device)
         try:
             if self._stream is None:
-                # Its own, because torch's is one for all, and of the device that was first.
                 self._stream, self._pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
             queries = torch.zeros(size, self._width, device=self._device)
-            graph = torch.cuda.CUDAGraph()
-            # other threads may go on allocating and copying meanwhile
-            recorder = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
-            with _one_at_a_time, recorder:
-                scores, places = search(queries)
+            graph, (scores, places) = record(lambda: search(queries), self._stream, self._pool)
         except RuntimeError as error:  # of which running out of memory is one
             log.debug("a search for %d queries could not be recorded: %s", size, error)
             return None
-        finally:
-            torch.cuda.set_stream(before)  # which torch does not do for a recording that fails
         return _Recording(graph, queries, scores, places)

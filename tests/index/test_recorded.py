@@ -1,7 +1,9 @@
-"""What becomes of searches that cannot be recorded. Those that can are tested on a GPU, in test_exact_gpu.py."""
+"""What becomes of searches that cannot be recorded. Those that can are tested on a GPU, in
+test_exact_on_a_gpu.py."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,16 +24,19 @@ class RefusingDevice:
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.stream, self.begun = "the thread's", 0
+        self.stream: object = "the thread's"
+        self.begun = 0
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.stream)
         monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "stream", stream))
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: "the recording's")
+        own = SimpleNamespace(device=torch.device("cuda", 0))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: own)
+        monkeypatch.setattr(torch.cuda, "default_generators", (torch.Generator(),))
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
         monkeypatch.setattr(torch.cuda, "graph", self._record)
 
     @contextmanager
-    def _record(self, graph: object, pool: object, stream: str, capture_error_mode: str) -> Iterator[None]:
+    def _record(self, graph: object, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
         self.begun += 1
         self.stream = stream
         yield
