@@ -284,13 +284,14 @@ class ExactGpuIndex:
         bits = torch.zeros(len(self._vectors) // 8, dtype=torch.uint8, device=self.device)
         bits[: len(packed)].copy_(packed, non_blocking=True)
         every = torch.arange(8, dtype=torch.uint8, device=self.device)
-        flags = ((bits[:, None] >> every) & 1).flatten()
-        finite = int(flags.sum())  # before they are listed, which takes eight bytes each
+        flags = (bits[:, None] >> every) & 1
+        # Before they are listed, which takes eight bytes each; so would one sum of all, in int64.
+        finite = int(flags.sum(dim=1, dtype=torch.uint8).sum())
         most = SCRATCH if number is None else SCRATCH // KEPT_FILTERS
         if finite > FEW_ALLOWED * self._count or 2 * self._width * finite > most:
             rows = Rows(self._vectors, self._count, bits.view(torch.int32))
             return _Searched(number, rows, None, finite, unusable)
-        origin = flags.nonzero().flatten()
+        origin = flags.flatten().nonzero().flatten()
         capacity = -(-finite // LARGEST_TILE) * LARGEST_TILE
         few = self._vectors.new_empty(capacity, self._width)
         torch.index_select(self._vectors, 0, origin, out=few[:finite])
