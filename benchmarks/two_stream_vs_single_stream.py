@@ -1,7 +1,7 @@
 """The time to rank captions x images: two streams that meet in a product, or every pair through one transformer.
 
     python benchmarks/two_stream_vs_single_stream.py                                  # 5,000 captions x 1,000 images
-    python benchmarks/two_stream_vs_single_stream.py --device cpu --sample 32 --pairs 16 --items 1000 100000
+    python benchmarks/two_stream_vs_single_stream.py --device cpu --batch 8 --sample 32 --pairs 64 --pair-batch 8
 
 Dual encoder: ViT-B/16 at 224 px and BERT-base (the paper's size, random weights: time does not hang on them) encode
 each image and each caption once; ranking is one matrix product and the ten best of each row.
@@ -81,7 +81,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
         return repeat
 
-    batches = max(1, given.sample // given.batch)
+    batches = given.sample // given.batch
     encoded = batches * given.batch
     results: dict[str, Any] = {}
     with torch.inference_mode(), autocast:
@@ -89,14 +89,13 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         text_seconds = seconds(many(lambda: encoder.encode_text(captions), batches), device, given.repeats) / encoded
         one = captions[:1]
         query_encode = seconds(lambda: encoder.encode_text(one), device, max(5, given.repeats))
-        pair_count = max(1, given.pairs // given.pair_batch) * given.pair_batch
+        pair_batches = given.pairs // given.pair_batch
+        half_batches = pair_batches // 2
         patches = torch.randn(given.pair_batch, 196, WIDTH, device=device, dtype=dtype)
         words = torch.randn(given.pair_batch, CAPTION_TOKENS, WIDTH, device=device, dtype=dtype)
-        whole = seconds(many(lambda: joint(patches, words), pair_count // given.pair_batch), device, given.repeats)
-        half = seconds(
-            many(lambda: joint(patches, words), max(1, pair_count // given.pair_batch // 2)), device, given.repeats
-        )
-    pair_seconds = whole / pair_count
+        whole = seconds(many(lambda: joint(patches, words), pair_batches), device, given.repeats)
+        half = seconds(many(lambda: joint(patches, words), half_batches), device, given.repeats)
+    pair_seconds = whole / (pair_batches * given.pair_batch)
     vectors = torch.nn.functional.normalize(torch.randn(given.captions, 256, device=device), dim=1).to(dtype)
     gallery = torch.nn.functional.normalize(torch.randn(given.images, 256, device=device), dim=1).to(dtype)
     product = seconds(lambda: (vectors @ gallery.T).topk(10, dim=1), device, max(5, given.repeats))
@@ -111,8 +110,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         "dual_product": product,
         "dual": dual,
         "pair_ms": 1000 * pair_seconds,
-        "pairs_measured": pair_count,
-        "half_sample_pair_ms": 1000 * half / (max(1, pair_count // given.pair_batch // 2) * given.pair_batch),
+        "pairs_measured": pair_batches * given.pair_batch,
+        "half_sample_pair_ms": 1000 * half / (half_batches * given.pair_batch),
         "single_extrapolated": single,
         "ratio_extrapolated": single / dual,
         "ratio_scoring_extrapolated": pairs * pair_seconds / product,
@@ -194,6 +193,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json")
     given = parser.parse_args()
+    if min(given.batch, given.sample, given.pair_batch) < 1 or given.pairs < 2:
+        parser.error("--batch, --sample and --pair-batch must be at least 1, and --pairs at least 2")
+    given.batch = min(given.batch, given.sample)
+    given.pair_batch = min(given.pair_batch, given.pairs // 2)
     results = measure(given)
     device = torch.device(given.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
