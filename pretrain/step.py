@@ -310,7 +310,7 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
 
 def _compile(network: TrainingNetwork, by_layer: bool) -> None:
     # Else a tower under DistributedDataParallel becomes a graph for every 25 MB of gradients, so that these are reduced
-    # while others are computed: minutes of compiling for the half millisecond that the gradients of a tower take.
+    # while others are computed: half as long again to compile, for what NVLink takes half a millisecond for.
     torch._dynamo.config.optimize_ddp = False
     _compile_encoder(network.encoder, by_layer)
     for head in (network.image_head, network.text_head):
