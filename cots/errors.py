@@ -22,9 +22,12 @@ class MediaError(CotsError):
     """
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
+        super().__init__(path, reason)  # what it is made anew from when it comes out of another process
         self.path = path
         self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
 
 
 class SourceError(CotsError):
@@ -51,7 +54,7 @@ class MissingDependency(CotsError):
     """An optional package that a command needs and that is not installed."""
 
     def __init__(self, package: str, install: str) -> None:
-        super().__init__(package, install)  # what it is made anew from when it comes out of another process
+        super().__init__(package, install)  # for the same reason as a MediaError
 
     def __str__(self) -> str:
         package, install = self.args
