@@ -20,8 +20,8 @@ class Items(Protocol[T_co]):
 def read_all(items: Items[T_co], threads: int) -> Iterator[T_co]:
     """Every item, in order, read by at least one thread of its own.
 
-    Decoders work without the interpreter's lock. Workers that are processes would be forked from one that holds a GPU,
-    which was seen to take seven seconds for each, and would send what they read through descriptors.
+    Decoders work without the interpreter's lock, so that threads are as quick as processes, which would have to be
+    started, and would send what they read through descriptors.
     """
     with ThreadPoolExecutor(max(threads, 1), "read") as pool:
         ahead: deque[Future[T_co]] = deque()
