@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from cots.config import DataConfig, SourceConfig
 from cots.data.image_io import open_image
@@ -31,7 +31,7 @@ from cots.data.shards import MEMBER_SEPARATOR, TarIndex, read_captions
 from cots.data.transforms import TrainingTransform
 from cots.errors import MediaError, SourceError, TrainingError
 from cots.model.caption_tokenizer import CaptionTokenizer
-from pretrain.loader_workers import worker_options
+from pretrain.loader_workers import WorkerLoader
 
 _SUBSTITUTES = 16
 CLIP_FRAMES = 4
@@ -348,17 +348,17 @@ def training_loader(
     sampler: StepSampler,
     *,
     pin_memory: bool,
-) -> DataLoader[Any]:
+) -> WorkerLoader:
     """A loader of this rank's `Batch` for each of the sampler's steps."""
     transform = TrainingTransform(image_size, config.augmentation)
     pairs = TrainingPairs(sources, tokenizer, transform, config.captions_per_item, config.frames_per_item, sampler.seed)
-    return DataLoader(
+    return WorkerLoader(
         pairs,
+        config.workers,
+        partial(_collate, frames=config.frames_per_item),
         batch_sampler=sampler,
-        collate_fn=partial(_collate, frames=config.frames_per_item),
         pin_memory=pin_memory,
         prefetch_factor=4 if config.workers else None,
-        **worker_options(config.workers),
     )
 
 

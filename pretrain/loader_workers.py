@@ -8,14 +8,14 @@ macOS they are spawned, as is its custom: there not even such a server may fork.
 
 A worker heeds its trainer alone. Ctrl-C and SIGTERM, which a terminal or a scheduler sends to every process of a job,
 are for the trainer, which may want batches until it has stopped; and when the trainer is gone, however it went, so are
-its workers.
+its workers. What a worker finds wrong is raised in the trainer as the worker would have raised it.
 """
 
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from multiprocessing import forkserver, resource_tracker
@@ -24,13 +24,74 @@ from threading import Thread
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, Dataset, default_collate, default_convert
+
+from cots.errors import CotsError
 
 _FOR_THE_TRAINER = (signal.SIGINT, signal.SIGTERM)
 _PRELOADED = ["pretrain.loader", "pretrain.source_check", "pretrain.tokenizer_pictures"]
 
 
-def worker_options(workers: int) -> dict[str, Any]:
-    """What a `DataLoader` with so many workers is to be given; data set and collate function must pickle."""
+class WorkerLoader(DataLoader[Any]):
+    """A `DataLoader` of so many workers; data set and collate function must pickle.
+
+    torch puts a worker's traceback into the message of what it raised, and so turns a sentence into a page.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        workers: int,
+        collate_fn: Callable[[Any], Any] | None = None,
+        **options: Any,
+    ) -> None:
+        single = "batch_size" in options and options["batch_size"] is None
+        collate = collate_fn or (default_convert if single else default_collate)
+        super().__init__(
+            _Handed(dataset), collate_fn=_HandedCollate(collate, single), **options, **_worker_options(workers)
+        )
+
+    def __iter__(self) -> Any:
+        return _raise_handed(super().__iter__())  # the workers begin here, not with the first batch
+
+
+class _Handed(Dataset[Any]):
+    """Items, or in place of one the CotsError that it raised."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self.dataset[key]
+        except CotsError as error:
+            return error
+
+
+class _HandedCollate:
+    """A batch, or in place of one the first CotsError among its items."""
+
+    def __init__(self, collate: Callable[[Any], Any], single: bool) -> None:
+        self.collate, self.single = collate, single
+
+    def __call__(self, items: Any) -> Any:
+        for item in [items] if self.single else items:
+            if isinstance(item, CotsError):
+                return item
+        return self.collate(items)
+
+
+def _raise_handed(batches: Iterator[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if isinstance(batch, CotsError):
+            raise batch
+        yield batch
+
+
+def _worker_options(workers: int) -> dict[str, Any]:
     context = None
     if workers and holds_gpu() and sys.platform == "linux":
         start_server()

@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cots.config import DataConfig
 from cots.data.transforms import TrainingTransform
 from cots.errors import MediaError
 from cots.model.caption_tokenizer import CaptionTokenizer
 from pretrain.loader import CLIP_FRAMES, PairSource
-from pretrain.loader_workers import worker_options
+from pretrain.loader_workers import WorkerLoader
 
 TINY = 32
 """Pixels: a picture whose shorter side has fewer shows little."""
@@ -116,8 +116,7 @@ def look_at(
     chosen = np.unique(np.linspace(0, count - 1, min(count, _DECODED)).round().astype(int)).tolist()
     items = _Items(source, chosen, tokenizer, TrainingTransform(image_size, data.augmentation), data.captions_per_item)
     workers = min(data.workers, os.cpu_count() or 1) if len(chosen) > _FEW else 0
-    loader = DataLoader(items, batch_size=None, **worker_options(workers))
-    found.facts = list(loader)
+    found.facts = list(WorkerLoader(items, workers, batch_size=None))
     for fact in found.facts:
         if fact.digest:
             found.digests.setdefault(fact.digest, []).append(fact.index)

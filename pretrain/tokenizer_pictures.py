@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cots.data.device_augmentation import DRAWS
 from cots.data.square_transform import SquareTransform
 from cots.errors import MediaError, MissingDependency, TrainingError
 from pretrain.loader import CLIP_FRAMES, PairSource, StepSampler, name_of
-from pretrain.loader_workers import worker_options
+from pretrain.loader_workers import WorkerLoader
 from pretrain.pixel_cache import uniform_draws
 
 Bad = tuple[str, str]  # a sample's name, and why it could not be read
@@ -70,12 +70,7 @@ def decode_all(sources: Sequence[PairSource], side: int, workers: int) -> Decode
     Raises:
         TrainingError: nothing could be decoded.
     """
-    loader = DataLoader(
-        _Decoded(SquareFrames(sources, side)),
-        batch_size=_DECODED_AT_ONCE,
-        collate_fn=_join,
-        **worker_options(workers),
-    )
+    loader = WorkerLoader(_Decoded(SquareFrames(sources, side)), workers, _join, batch_size=_DECODED_AT_ONCE)
     pixels: list[Tensor] = []
     counts: list[int] = []
     bad: list[Bad] = []
@@ -154,13 +149,13 @@ def squares_from_loader(
     frames: SquareFrames, sampler: StepSampler, seed: int, workers: int, device: torch.device
 ) -> Iterator[Squares]:
     """As `squares_in_memory`, decoded by loader processes as the steps need them."""
-    loader = DataLoader(
+    loader = WorkerLoader(
         _OneFrame(frames, seed),
+        workers,
+        _stack,
         batch_sampler=sampler,
-        collate_fn=_stack,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
-        **worker_options(workers),
     )
     for pixels, place, bad in loader:
         draws = uniform_draws(seed, place, len(pixels))

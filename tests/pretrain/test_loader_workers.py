@@ -14,10 +14,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from cots.config import DataConfig, PretrainConfig, SourceConfig
+from cots.errors import MediaError, TrainingError
 from cots.model.caption_tokenizer import WordPieceTokenizer
 from cots.model.clip_tokenizer import ClipTokenizer
 from pretrain import loader_workers
 from pretrain.loader import Batch, StepSampler, TablePairs, open_source, training_loader
+from pretrain.loader_workers import WorkerLoader
 from pretrain.tokenizer_pictures import SquareFrames, decode_all, squares_from_loader
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are spawned")
@@ -113,6 +115,23 @@ def test_signals_that_a_whole_job_gets_leave_workers_at_work(loader: Callable[..
         os.kill(process, signal.SIGTERM)
     assert _same([first, *batches], list(loader(0)))
     assert _same(list(loader(1)), list(loader(0)))  # the server lives on too
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_worker_finds_wrong_is_one_sentence(tmp_path: Path, vocabulary_file: Path, workers: int) -> None:
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing more")
+    (tmp_path / "pairs.jsonl").write_text('{"path": "broken.png", "caption": "a dog"}\n')
+    config = DataConfig(train=[SourceConfig(path=str(tmp_path / "pairs.jsonl"))], workers=workers)
+    sampler = StepSampler([1], [1.0], 1, 3, 0, 1).between(0, 2)
+    tokenizer = WordPieceTokenizer.from_file(vocabulary_file, 16)
+    loader = training_loader([open_source(config.train[0])], config, tokenizer, 32, sampler, pin_memory=False)
+    with pytest.raises(TrainingError) as caught:
+        list(loader)
+    assert str(caught.value).startswith("16 samples in a row could not be read, the last")
+    assert "Traceback" not in str(caught.value)
+    with pytest.raises(MediaError) as unreadable:
+        list(WorkerLoader(SquareFrames([open_source(config.train[0])], 32), workers))
+    assert "Traceback" not in str(unreadable.value)
 
 
 def test_workers_of_a_process_without_a_gpu_load_the_same(loader: Callable[..., DataLoader]) -> None:
