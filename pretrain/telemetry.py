@@ -191,6 +191,13 @@ class Telemetry:
         (self._run / "run.json").write_text(json.dumps({"starts": self._starts}, indent=2) + "\n", encoding="utf-8")
 
 
+def no_number(means: Mapping[str, float]) -> str | None:
+    """What of a step's results is not finite, so that the weights are or will be none either: loss or gradient."""
+    if not math.isfinite(means["loss"]):
+        return "loss"
+    return None if math.isfinite(means["gradient_norm"]) else "gradient"
+
+
 def _figures(means: Mapping[str, float]) -> str:
     """What a bar shows: with step numbers of six digits it still fits into 80 columns."""
     parts = [f"loss {means['loss']:.3f}"] if "loss" in means else []

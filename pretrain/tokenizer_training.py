@@ -32,7 +32,7 @@ from pretrain.loader import StepSampler, name_of, open_source
 from pretrain.momentum import MovingAverage
 from pretrain.optimizer import rate_factor, set_rates
 from pretrain.report import write_report
-from pretrain.telemetry import Telemetry
+from pretrain.telemetry import Telemetry, no_number
 from pretrain.tokenizer_objective import TokenizerObjective, draw_far_patches, kl_weight, temperature_at
 from pretrain.tokenizer_pictures import Bad, SquareFrames, Squares, decode_all, squares_from_loader, squares_in_memory
 from pretrain.tokenizer_validation import TokenizerValidation
@@ -167,12 +167,13 @@ class TokenizerRun:
                 self.telemetry.step(self.take_step(squares), waited)
                 self.step += 1
                 last, stopping = self.step == self.steps, stop.requested(self.step)
-                if self.step % training.log_every == 0 or last or stopping or self.step % self.epoch_steps == 0:
+                every = training.checkpoint_steps
+                saving = self._due(training.checkpoint_every) or last or stopping or (every and self.step % every == 0)
+                if saving or self.step % training.log_every == 0 or self.step % self.epoch_steps == 0:
                     self._log()
                 if self._due(training.validate_every) or last:
                     self._validate()
-                every = training.checkpoint_steps
-                if self._due(training.checkpoint_every) or last or stopping or (every and self.step % every == 0):
+                if saving:
                     self._save()
                 if stopping and not last:
                     self.telemetry.say(f"Stopped at step {self.step}; go on with training.resume=true.")
@@ -243,9 +244,9 @@ class TokenizerRun:
         means = self.telemetry.flush(
             self.step, self.step / self.epoch_steps, {"learning_rate": factor * self.config.optimizer.learning_rate}
         )
-        if not math.isfinite(means["loss"]):
+        if broken := no_number(means):
             raise TrainingError(
-                f"The loss is no longer a number at step {self.step}; the items of the last steps are named in "
+                f"The {broken} is no longer a number at step {self.step}; the items of the last steps are named in "
                 f"{self._name_items()}. Lower the learning rate or set optimizer.clip_norm."
             )
         self.logged = self.step

@@ -9,7 +9,6 @@ training.resume=true.
 """
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +45,7 @@ from pretrain.report import write_report
 from pretrain.start import starting_encoder, starting_tokenizer
 from pretrain.step import TrainingStep, uses_bf16
 from pretrain.step_cost import StepCost
-from pretrain.telemetry import Telemetry
+from pretrain.telemetry import Telemetry, no_number
 from pretrain.validation import Validation, criterion
 
 
@@ -162,12 +161,15 @@ class Run:
                 self.step += 1
                 last = self.step == self.steps
                 stopping = stop.requested(self.step)
-                if self.step % training.log_every == 0 or last or stopping or self.step % self.epoch_steps == 0:
+                steps = training.checkpoint_steps
+                saving = self._due(training.checkpoint_every) or last or stopping or (steps and self.step % steps == 0)
+                # a row before each checkpoint: a run that goes on from it begins the next row as one that was not
+                # stopped does, and no weights are saved that are no numbers
+                if saving or self.step % training.log_every == 0 or self.step % self.epoch_steps == 0:
                     self._log()
                 if self._due(training.validate_every) or last:
                     self._validate()
-                steps = training.checkpoint_steps
-                if self._due(training.checkpoint_every) or last or stopping or (steps and self.step % steps == 0):
+                if saving:
                     self._save()
                 if stopping and not last:
                     self.telemetry.say(f"Stopped at step {self.step}; go on with training.resume=true.")
@@ -193,9 +195,9 @@ class Run:
         means = self.telemetry.flush(
             self.step, self.step / self.epoch_steps, {"learning_rate": factor * self.config.optimizer.learning_rate}
         )
-        if not math.isfinite(means["loss"]):
+        if broken := no_number(means):
             raise TrainingError(
-                f"The loss is no longer a number at step {self.step}; the items of the last steps are named in "
+                f"The {broken} is no longer a number at step {self.step}; the items of the last steps are named in "
                 f"{self._name_items()}. Lower the learning rate or set optimizer.clip_norm."
             )
         self.items_since_log.clear()

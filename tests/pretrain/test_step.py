@@ -174,16 +174,19 @@ def test_pixels_kept_in_memory_train_as_well(make_config: MakeConfig, every_leve
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("cache_side", [None, 72])
+@pytest.mark.parametrize(("cache_side", "log_every"), [(None, 1), (72, 5)])
 def test_a_killed_run_with_every_level_goes_on_bit_identically(
-    make_config: MakeConfig, every_level: dict, cache_side: int | None
+    make_config: MakeConfig, every_level: dict, cache_side: int | None, log_every: int
 ) -> None:
-    """Killed without warning between two checkpoints; queues, filter, averages, optimizer and randomness come back."""
+    """Killed without warning between two checkpoints; queues, filter, averages, optimizer and randomness come back.
+
+    So do rows of the log that are the mean of several steps: a row is never begun before a checkpoint and ended after.
+    """
     common = {
         "model": _with_dropout(make_config()),
         "objective": every_level,
         "data": {"cache_side": cache_side},
-        "training": {"averaging": 0.9, "checkpoint_steps": 2, "keep_checkpoints": 2},
+        "training": {"averaging": 0.9, "checkpoint_steps": 2, "keep_checkpoints": 2, "log_every": log_every},
     }
     whole, parts = make_config("whole", **common), make_config("parts", **common)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -265,6 +268,20 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_items(make_config:
     lines = [json.loads(line) for line in (run.directory / "last-items-rank0.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert all("train-" in name for name in lines[0]["items"])
+
+
+def test_weights_that_are_no_numbers_are_not_saved(make_config: MakeConfig) -> None:
+    """The loss of the step that breaks them is a number still; its gradient is none."""
+    run = Run(make_config(training={"log_every": 100, "checkpoint_steps": 1}), ALONE)
+    weight = next(run.stepper.network.encoder.image_projection.parameters())
+    weight.register_hook(lambda gradient: gradient * (float("nan") if run.step == 2 else 1))
+    with pytest.raises(TrainingError, match=r"The gradient is no longer a number at step 3"):
+        run.train()
+    run.telemetry.close()
+    saved = sorted((run.directory / "checkpoints").iterdir())
+    assert [path.name for path in saved] == ["step-00000001.pt", "step-00000002.pt"]
+    weights = torch.load(saved[-1])["network"].values()
+    assert all(bool(value.isfinite().all()) for value in weights if value.is_floating_point())
 
 
 def test_settings_that_do_not_fit_are_refused(make_config: MakeConfig, every_level: dict) -> None:
