@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ _LINE_EVERY = 30.0  # seconds between two lines where no terminal shows a bar
 class Telemetry:
     """Rows of the log.
 
-    Every rank counts its steps; values are means over all ranks, and only the first rank shows and writes them.
+    Every rank counts its steps and names what it could not read; values are means over all ranks, and only the first
+    rank shows and writes them.
 
     Args:
         run: the run's directory.
@@ -117,6 +118,14 @@ class Telemetry:
         """A line for the person who watches."""
         if self.active:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def name_bad(self, bad: Sequence[tuple[str, str]]) -> None:
+        """A line for each sample that this rank could not read: name and reason. Every rank names its own."""
+        for name, reason in bad:
+            if self.active:
+                self.say(f"skipped {name}: {reason}")
+            else:
+                print(f"skipped {name}: {reason}", file=sys.stderr, flush=True)
 
     def step(self, scalars: Mapping[str, torch.Tensor], waited: float, flops: float = 0.0) -> None:
         """Count a step. The values stay on the device until `flush`, so that no step waits for the GPU."""

@@ -328,8 +328,7 @@ class TokenizerRun:
 
     def _refuse_too_many_bad(self, bad: list[Bad], read: int) -> None:
         self.samples_bad += len(bad)
-        for name, reason in bad:
-            self.telemetry.say(f"skipped {name}: {reason}")
+        self.telemetry.name_bad(bad)
         if self.samples_bad > self.config.data.max_bad_share * max(read, 1000):
             raise TrainingError(
                 f"{self.samples_bad} of {read} samples could not be read, more than data.max_bad_share allows; the "

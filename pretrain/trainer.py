@@ -274,8 +274,7 @@ class Run:
 
     def _refuse_too_many_bad(self, bad: list[tuple[str, str]], read: int) -> None:
         self.samples_bad += len(bad)
-        for name, reason in bad:
-            self.telemetry.say(f"skipped {name}: {reason}")
+        self.telemetry.name_bad(bad)
         allowed = self.config.data.max_bad_share * max(read, 1000)
         if self.samples_bad > allowed:
             raise TrainingError(

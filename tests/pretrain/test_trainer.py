@@ -34,7 +34,8 @@ def _write(config: PretrainConfig, path: Path) -> Path:
     return path
 
 
-def _train_in_processes(config: PretrainConfig, path: Path, processes: int) -> None:
+def _train_in_processes(config: PretrainConfig, path: Path, processes: int) -> str:
+    """What the training wrote to stderr."""
     command = [
         sys.executable,
         "-m",
@@ -49,6 +50,7 @@ def _train_in_processes(config: PretrainConfig, path: Path, processes: int) -> N
         [*command, str(_write(config, path))], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 def test_a_model_learns_its_pairs_and_the_best_one_is_kept(make_config: MakeConfig) -> None:
@@ -157,6 +159,19 @@ def test_bad_samples_are_named_and_too_many_end_the_run(
     config = make_config("strict", data=source("many", 30))
     with pytest.raises(TrainingError, match=r"could not be read, more than data\.max_bad_share"):
         pretrain(config.model_copy(update={"training": config.training.model_copy(update={"epochs": 9})}))
+
+
+def test_every_rank_names_what_it_could_not_read(
+    make_config: MakeConfig, shape_shard: WriteShard, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pictures = {f"broken{i}.png": b"no picture" for i in range(8)}
+    captions = {f"broken{i}.json": b'{"captions": ["a red ball"]}' for i in range(8)}
+    data = {"train": [{"path": str(shape_shard(tmp_path / "pairs.tar", pictures | captions))}], "validation": []}
+    pretrain(make_config("one", data=data, training={"epochs": 1}))
+    named = sorted(line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped"))
+    assert {line.rpartition("::")[2][:7] for line in named} == {f"broken{i}" for i in range(8)}
+    said = _train_in_processes(make_config("two", data=data, training={"epochs": 1}), tmp_path / "two.yaml", 2)
+    assert sorted(line for line in said.splitlines() if line.startswith("skipped")) == named
 
 
 def test_sources_that_cannot_be_trained_on(make_config: MakeConfig, shape_shard: WriteShard, tmp_path: Path) -> None:
