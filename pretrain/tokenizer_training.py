@@ -29,6 +29,7 @@ from cots.tokenizer_config import VisualTokenizerTrainingConfig
 from pretrain.checkpoint import latest_checkpoint, random_state, read_checkpoint, restore_random_state, save_checkpoint
 from pretrain.distributed import Ranks, StopRequest, process_group
 from pretrain.loader import StepSampler, name_of, open_source
+from pretrain.loader_workers import start_server
 from pretrain.momentum import MovingAverage
 from pretrain.optimizer import rate_factor, set_rates
 from pretrain.report import write_report
@@ -86,6 +87,8 @@ class TokenizerRun:
                 f"{self.directory} holds a run already; go on with training.resume=true or choose another "
                 "training.output."
             )
+        if self.device.type == "cuda" and config.data.workers:
+            start_server()  # it imports what the loader's workers run while the network is built
         self._open_data()
         torch.manual_seed(training.seed)  # the same weights on every rank
         self.tokenizer = VisualTokenizer(config.visual_tokenizer).to(self.device).to(memory_format=torch.channels_last)

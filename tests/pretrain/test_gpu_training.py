@@ -14,7 +14,8 @@ import yaml
 from cots.config import PretrainConfig
 from cots.model.pretrained import load_model
 from cots.model.visual_tokenizer import VisualTokenizer, save_visual_tokenizer
-from cots.tokenizer_config import VisualTokenizerConfig
+from cots.tokenizer_config import VisualTokenizerConfig, VisualTokenizerTrainingConfig
+from pretrain.tokenizer_training import train_visual_tokenizer
 from pretrain.trainer import pretrain
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -155,6 +156,27 @@ def test_two_gpus_take_the_steps_of_one(make_config: MakeConfig, every_level: di
     texts = ["a red ball on black", "a yellow boat"]
     one_model, two_model = (load_model(config.training.output, device="cpu") for config in (one, two))
     torch.testing.assert_close(two_model.encode_texts(texts), one_model.encode_texts(texts), rtol=1e-2, atol=1e-2)
+
+
+def test_a_visual_tokenizer_learns_the_same_from_loader_processes(shards: Path, tmp_path: Path) -> None:
+    losses = []
+    for workers in (0, 2):
+        config = VisualTokenizerTrainingConfig.model_validate(
+            {
+                "visual_tokenizer": {"codebook_size": 32, "code_dim": 8, "width": 16, "min_width": 8, "image_size": 32},
+                "data": {"train": [{"path": str(shards / "train-*.tar")}], "workers": workers},
+                "training": {
+                    "output": str(tmp_path / f"{workers}-workers"),
+                    "epochs": 1,
+                    "batch_size": 12,
+                    "device": "cuda",
+                    "precision": "fp32",
+                    "log_every": 1,
+                },
+            }
+        )
+        losses.append([row["loss"] for row in _rows(train_visual_tokenizer(config))])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_the_embedded_model_gives_the_cpus_embeddings() -> None:
