@@ -302,6 +302,7 @@ class TrainingStep:
             self.momentum_working.take_weights()
         return norm.detach()
 
+        self.objective.bound_temperature()
 
 def uses_bf16(precision: str, device: torch.device) -> bool:
     """Whether the towers compute in bf16: asked for, or `auto` on a GPU."""

@@ -53,10 +53,18 @@ class CollaborativeObjective(nn.Module):
 
     @property
     def temperature(self) -> Tensor:
-        """() float32, kept in [0.01, 0.5] when it is learned."""
-        if not self.config.learn_temperature:
-            return self.log_temperature.exp()
-        return self.log_temperature.clamp(math.log(0.01), math.log(0.5)).exp()
+        """() float32."""
+        return self.log_temperature.exp()
+
+    @torch.no_grad()
+    def bound_temperature(self) -> None:
+        """Put a learned temperature that a step took out of [0.01, 0.5] back onto the bound.
+
+        The parameter itself, not what is computed from it: that would have no gradient beyond a bound, and never come
+        back.
+        """
+        if self.config.learn_temperature:
+            self.log_temperature.clamp_(math.log(0.01), math.log(0.5))
 
     def forward(self, batch: PairFeatures, progress: float = 1.0) -> ObjectiveOutput:
         """Sum the instance and the task level over a batch.

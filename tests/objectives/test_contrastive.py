@@ -115,12 +115,21 @@ def test_label_smoothing_spreads_over_the_allowed_negatives() -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_learned_temperature_stays_within_its_bounds() -> None:
+def test_a_learned_temperature_stays_within_its_bounds_and_can_come_back_from_them() -> None:
     objective = CollaborativeObjective(ObjectiveConfig(learn_temperature=True), D)
-    for value, bound in ((-20.0, 0.01), (5.0, 0.5)):
+    for value, bound, back in ((-20.0, 0.01, -1), (5.0, 0.5, 1)):
         objective.log_temperature.data.fill_(value)
+        objective.bound_temperature()
         assert objective.temperature.item() == pytest.approx(bound)
-    assert not CollaborativeObjective(ObjectiveConfig(), D).log_temperature.requires_grad
+        # on a bound, a loss that asks for the other side still moves it
+        (back * objective.temperature).backward()
+        assert objective.log_temperature.grad is not None
+        assert back * objective.log_temperature.grad.item() > 0
+        objective.log_temperature.grad = None
+    fixed = CollaborativeObjective(ObjectiveConfig(temperature=0.9), D)
+    fixed.bound_temperature()
+    assert not fixed.log_temperature.requires_grad
+    assert fixed.temperature.item() == pytest.approx(0.9)
 
 
 def test_the_queue_is_filled_only_after_the_loss() -> None:
