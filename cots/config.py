@@ -211,6 +211,9 @@ class MaskedModelingConfig(Settings):
     """Share of a caption's word pieces to be predicted (BERT, Devlin et al. 2019)."""
     visual_tokenizer: str = "embedded"
     """The discrete VAE that names the patches: `embedded`, or a directory that training one wrote."""
+    stored_tokens: bool = False
+    """Take the names from the shards, where `python -m pretrain.tokenize` put them, in place of computing them from
+    what the tower is shown. Pictures are then seen whole (data.augmentation.crop_scale=[1, 1])."""
 
 
 class TaskAlignmentConfig(Settings):

@@ -12,7 +12,7 @@ import hashlib
 import io
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -43,11 +43,13 @@ class Pair:
     media: a picture's or a clip's bytes.
     captions: of it.
     group: items of one group are relevant to each other's captions; empty: those of this item only.
+    stored: whatever else lies under its key in a shard, by extension.
     """
 
     media: bytes
     captions: Sequence[str]
     group: str = ""
+    stored: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def is_clip(self) -> bool:
@@ -107,6 +109,7 @@ class Batch:
         that count go through the tower (see `DualEncoder.encode_video`); a batch has one shape, and its items fall as
         the order of the epoch has them, the same for any number of ranks. None: all F.
     numbers: of the B items among all of all sources.
+    visual_tokens: (B, N) int64, of the whole grid, if they are stored with the pictures.
     """
 
     pixels: Tensor
@@ -115,16 +118,17 @@ class Batch:
     bad: list[tuple[str, str]] = field(default_factory=list)
     counts: tuple[int, ...] | None = None
     numbers: list[int] = field(default_factory=list)
+    visual_tokens: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        pixels, token_ids, item_ids = (
-            tensor.to(device, non_blocking=True) for tensor in (self.pixels, self.token_ids, self.item_ids)
-        )
-        return replace(self, pixels=pixels, token_ids=token_ids, item_ids=item_ids)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        pixels, token_ids, item_ids = (tensor.pin_memory() for tensor in (self.pixels, self.token_ids, self.item_ids))
-        return replace(self, pixels=pixels, token_ids=token_ids, item_ids=item_ids)
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        changed: dict[str, Any] = {k: change(value) for k, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
 
 class ShardPairs:
@@ -148,7 +152,7 @@ class ShardPairs:
         media = [content for extension, content in parts.items() if extension not in ("json", "txt", "cls")]
         if not media or not captions:
             raise MediaError("", "it has no caption" if media else "the shard holds no picture for it")
-        return Pair(media[0], captions, str(fields.get("group", "")))
+        return Pair(media[0], captions, str(fields.get("group", "")), parts)
 
 
 class TablePairs:
@@ -220,7 +224,7 @@ class TrainingPairs(Dataset[tuple[Any, ...]]):
         self,
         sources: Sequence[PairSource],
         tokenizer: CaptionTokenizer,
-        transform: TrainingTransform,
+        transform: Callable[..., Any],
         captions_per_item: int,
         frames_per_item: int,
         seed: int,
@@ -253,11 +257,14 @@ class TrainingPairs(Dataset[tuple[Any, ...]]):
         source = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.sources[source], index - int(self.starts[source])
 
-    def _load(self, index: int) -> tuple[Tensor, Tensor, int]:
+    def _draw_captions(self, pair: Pair) -> list[str]:
+        order = torch.randperm(len(pair.captions)).tolist()
+        return [pair.captions[order[draw % len(order)]] for draw in range(self.captions_per_item)]
+
+    def _load(self, index: int) -> tuple[Any, ...]:
         source, own = self._locate(index)
         pair = source.read(own)
-        order = torch.randperm(len(pair.captions)).tolist()
-        captions = [pair.captions[order[draw % len(order)]] for draw in range(self.captions_per_item)]
+        captions = self._draw_captions(pair)
         wanted = self.frames_per_item
         # one moment in each of as many equal segments (TSN, Wang et al. 2016)
         frames = pair.frames_at(((torch.arange(wanted) + torch.rand(wanted)) / wanted).tolist())
@@ -355,14 +362,15 @@ def training_loader(
     return WorkerLoader(
         pairs,
         config.workers,
-        partial(_collate, frames=config.frames_per_item),
+        partial(collate, frames=config.frames_per_item),
         batch_sampler=sampler,
         pin_memory=pin_memory,
         prefetch_factor=4 if config.workers else None,
     )
 
 
-def _collate(items: list[tuple[Any, ...]], frames: int) -> Batch:
+def collate(items: list[tuple[Any, ...]], frames: int) -> Batch:
+    """Items of `TrainingPairs`, of up to so many frames each, as a batch."""
     pixels, token_ids, item_ids, numbers, bad = zip(*items)
     counts = tuple(len(clip) for clip in pixels)
     filled = [clip[torch.arange(frames) % len(clip)] for clip in pixels]

@@ -107,7 +107,7 @@ class TrainingStep:
         config = self.config
         set_rates(self.optimizer, rate_factor(step, steps, config.optimizer))
         pixels = self.augment(batch.pixels)
-        patches, words = self.hide(pixels, batch.token_ids)
+        patches, words = self.hide(pixels, batch.token_ids, batch.visual_tokens)
         if config.training.accumulation == 1:
             output = self.parallel(pixels, batch.token_ids, patches, words, batch.counts)
             features = self.pair_features(output, replace(batch, pixels=pixels))
@@ -180,8 +180,14 @@ class TrainingStep:
             return self.jitter(tall).view(shape[0], 3, frames, *shape[3:]).transpose(1, 2).contiguous()
         return self.jitter(pixels).contiguous(memory_format=torch.channels_last)
 
-    def hide(self, pixels: Tensor, token_ids: Tensor) -> tuple[HiddenPatches | None, HiddenWords | None]:
-        """Draw what the token level hides of the pictures (of a clip, its first frame) and of their first captions."""
+    def hide(
+        self, pixels: Tensor, token_ids: Tensor, stored: Tensor | None = None
+    ) -> tuple[HiddenPatches | None, HiddenWords | None]:
+        """Draw what the token level hides of the pictures (of a clip, its first frame) and of their first captions.
+
+        Args:
+            stored: the visual tokens, (B, grid * grid), if they need not be computed.
+        """
         masked = self.config.objective.masked_modeling
         patches: HiddenPatches | None = None
         words: HiddenWords | None = None
@@ -190,7 +196,8 @@ class TrainingStep:
             # of crops, which may be smaller than what the tower will see later
             grid = first.shape[-1] // self.network.encoder.image_tower.stride
             places = hide_patches(len(first), grid, masked.image_share, self.device)
-            patches = HiddenPatches(places, self.visual_tokenizer.tokens(first, grid).gather(1, places), grid)
+            tokens = self.visual_tokenizer.tokens(first, grid) if stored is None else stored
+            patches = HiddenPatches(places, tokens.gather(1, places), grid)
         if masked.text_weight:
             captions = len(token_ids) // len(pixels)
             tokenizer = self.tokenizer
@@ -295,6 +302,7 @@ class TrainingStep:
         clip = clip_gradients if self.sharded else nn.utils.clip_grad_norm_
         norm = clip(self.parameters, self.config.optimizer.clip_norm or math.inf)
         self.optimizer.step()
+        self.objective.bound_temperature()
         self.optimizer.zero_grad(set_to_none=True)
         self.working.take_weights()
         if self.objective.uses_momentum:
@@ -302,7 +310,6 @@ class TrainingStep:
             self.momentum_working.take_weights()
         return norm.detach()
 
-        self.objective.bound_temperature()
 
 def uses_bf16(precision: str, device: torch.device) -> bool:
     """Whether the towers compute in bf16: asked for, or `auto` on a GPU."""

@@ -5,9 +5,9 @@
 writes a copy of each shard with the tokens of every picture beside it (cots/data/visual_tokens.py says how they are
 stored). Clips are copied without: their frames are drawn anew each time.
 
-What is named is the whole picture, squashed, and its mirror image. So the tokens are right for a training that shows
-whole pictures (data.augmentation: crop_scale [1, 1], crop_ratio [1, 1], rand_augment 0; flips and colours are free)
-and wrong for one that crops, where the tokens have to be computed from the crop, on the fly.
+What is named is the whole picture, squashed, and its mirror image. So the tokens are for a training that shows whole
+pictures: objective.masked_modeling.stored_tokens=true with data.augmentation.crop_scale='[1, 1]', while flips and
+colours are free. For one that crops, the tokens have to be computed from the crop, on the fly.
 
 When it pays: seldom. The encoder of configs/visual_tokenizer.yaml takes 0.7 GFLOPs for a grid of 14 x 14 (1.8 for
 the base one), forward only, where a training step of ViT-B/16 at 224 px takes about 105; a trainer that computes tokens

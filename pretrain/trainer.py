@@ -45,6 +45,7 @@ from pretrain.report import write_report
 from pretrain.start import starting_encoder, starting_tokenizer
 from pretrain.step import TrainingStep, uses_bf16
 from pretrain.step_cost import StepCost
+from pretrain.stored_tokens import TokenizedPairs, tokenized_loader
 from pretrain.telemetry import Telemetry, no_number
 from pretrain.validation import Validation, criterion
 
@@ -97,6 +98,8 @@ class Run:
             ranks.rank,
             ranks.count,
         )
+        masked = config.objective.masked_modeling
+        self.tokenized = self._tokenized_pairs() if masked.image_weight and masked.stored_tokens else None
         self.epoch_steps = self.sampler.steps_per_epoch
         self.steps = max(1, round(training.epochs * self.epoch_steps))
         self.step = 0
@@ -131,6 +134,13 @@ class Run:
             wandb=training.wandb,
         )
         self.items_since_log: list[list[int]] = []
+
+    def _tokenized_pairs(self) -> TokenizedPairs:
+        data, image_tower = self.config.data, self.stepper.network.encoder.image_tower
+        size = data.image_size or self.config.model.image_tower.image_size
+        named_by = load_visual_tokenizer(self.config.objective.masked_modeling.visual_tokenizer).fingerprint()
+        seed, grid = self.config.training.seed, size // image_tower.stride
+        return TokenizedPairs(self.sources, self.tokenizer, data, size, grid, named_by, seed)
 
     def train(self) -> None:
         """Take every step that is left, or those until SIGTERM."""
@@ -180,8 +190,10 @@ class Run:
         data = self.config.data
         size = data.image_size or self.config.model.image_tower.image_size
         sampler = self.sampler.between(self.step, self.steps)
+        pinned = self.device.type == "cuda"
+        if self.tokenized is not None:
+            return iter(tokenized_loader(self.tokenized, data.workers, sampler, pin_memory=pinned))
         if data.cache_side is None:
-            pinned = self.device.type == "cuda"
             return iter(training_loader(self.sources, data, self.tokenizer, size, sampler, pin_memory=pinned))
         started = time.perf_counter()
         cache = PixelCache(self.sources, self.tokenizer, data, self.device)
