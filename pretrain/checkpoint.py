@@ -5,17 +5,24 @@ number of the step (which is the loader's position), the best validation so far,
 the configuration.
 """
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from cots.errors import ConfigError, TrainingError
 
 _PATTERN = "step-*.pt"
+_CANNOT_WRITE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST,
+}  # fmt: skip
 _FREE_ON_RESUMING: dict[str, set[str]] = {
     "model": set(),
     "start": {"image_tower", "text_tower", "model"},
@@ -44,11 +51,38 @@ def save_checkpoint(run: Path, state: dict[str, Any], step: int, keep: int) -> P
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         scratch.unlink(missing_ok=True)
         raise TrainingError(
-            f"The checkpoint {path} cannot be written ({error}); the earlier ones are intact."
+            f"The checkpoint {path} cannot be written ({_reason(error)}); the earlier ones are intact."
         ) from error
     for old in sorted(directory.glob(_PATTERN))[:-keep]:
         old.unlink()
     return path
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said; torch hides it behind a sentence about positions in its file."""
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
+        cause = cause.__cause__ or cause.__context__
+    return str(error) if cause is None else str(cause.strerror)
+
+
+@contextmanager
+def writing_to(run: Path) -> Iterator[None]:
+    """What a run does while its log, its settings, its best model and its report are written into its directory.
+
+    Raises:
+        TrainingError: the disk is full, or the directory cannot be made or written to.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in _CANNOT_WRITE:
+            raise
+        what = getattr(error, "filename", None) or run
+        raise TrainingError(
+            f"{what} cannot be written ({_reason(error)}); make room or choose another training.output. Checkpoints "
+            "that are there are intact."
+        ) from error
 
 
 def latest_checkpoint(run: Path) -> Path | None:

@@ -26,7 +26,14 @@ from cots.data.transforms import ColorJitter
 from cots.errors import ConfigError, TrainingError
 from cots.model.visual_tokenizer import VisualTokenizer, save_visual_tokenizer
 from cots.tokenizer_config import VisualTokenizerTrainingConfig
-from pretrain.checkpoint import latest_checkpoint, random_state, read_checkpoint, restore_random_state, save_checkpoint
+from pretrain.checkpoint import (
+    latest_checkpoint,
+    random_state,
+    read_checkpoint,
+    restore_random_state,
+    save_checkpoint,
+    writing_to,
+)
 from pretrain.distributed import Ranks, StopRequest, process_group
 from pretrain.loader import StepSampler, name_of, open_source
 from pretrain.loader_workers import start_server
@@ -54,9 +61,9 @@ def train_visual_tokenizer(config: VisualTokenizerTrainingConfig) -> Path:
     Raises:
         ConfigError: settings that contradict each other or a run that is already there.
         SourceError: a source without pictures.
-        TrainingError: the loss is no number, or too many samples cannot be read.
+        TrainingError: the loss is no number, too many samples cannot be read, or the run cannot be written.
     """
-    with process_group(config.training.device) as ranks:
+    with writing_to(Path(config.training.output)), process_group(config.training.device) as ranks:
         run = TokenizerRun(config, ranks)
         try:
             run.train()

@@ -32,6 +32,7 @@ from pretrain.checkpoint import (
     refuse_other_training,
     restore_random_state,
     save_checkpoint,
+    writing_to,
 )
 from pretrain.distributed import Ranks, StopRequest, process_group
 from pretrain.flops import matrix_rate
@@ -56,9 +57,9 @@ def pretrain(config: PretrainConfig) -> Path:
     Raises:
         ConfigError: settings that contradict each other or a run that is already there.
         SourceError: a source without pairs.
-        TrainingError: the loss is no number, or too many samples cannot be read.
+        TrainingError: the loss is no number, too many samples cannot be read, or the run cannot be written.
     """
-    with process_group(config.training.device) as ranks:
+    with writing_to(Path(config.training.output)), process_group(config.training.device) as ranks:
         run = Run(config, ranks)
         try:
             run.train()

@@ -38,9 +38,13 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
 def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, {"step": 1}, 1, keep=1)
-    (tmp_path / "checkpoints" / "step-00000002.tmp").symlink_to("/dev/full")  # a disk that is full
-    with pytest.raises(TrainingError, match=r"step-00000002\.pt cannot be written .*the earlier ones are intact"):
-        save_checkpoint(tmp_path, {"step": 2}, 2, keep=1)
+    for state in ({"step": 2}, {"weights": torch.zeros(2_000_000)}):
+        (tmp_path / "checkpoints" / "step-00000002.tmp").symlink_to("/dev/full")  # a disk that is full
+        with pytest.raises(
+            TrainingError,
+            match=r"step-00000002\.pt cannot be written \(No space left on device\); the earlier ones are intact",
+        ):
+            save_checkpoint(tmp_path, state, 2, keep=1)
     newest = latest_checkpoint(tmp_path)
     assert newest is not None
     assert read_checkpoint(newest) == {"step": 1}

@@ -174,6 +174,23 @@ def test_every_rank_names_what_it_could_not_read(
     assert sorted(line for line in said.splitlines() if line.startswith("skipped")) == named
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+@pytest.mark.parametrize("name", ["config.yaml", "log.jsonl", "best/config.json.tmp", "report.html"])
+def test_a_disk_that_is_full_ends_the_run_with_a_sentence(make_config: MakeConfig, name: str) -> None:
+    config = make_config(training={"epochs": 1})
+    file = Path(config.training.output) / name
+    file.parent.mkdir(parents=True)
+    file.symlink_to("/dev/full")
+    with pytest.raises(TrainingError, match=r"cannot be written \(.*No space left on device.*\); make room or choose"):
+        pretrain(config)
+
+
+def test_a_place_that_no_run_can_be_written_to_is_named(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match=r"file/run cannot be written \(Not a directory\); make room or choose"):
+        pretrain(make_config(training={"output": str(tmp_path / "file" / "run")}))
+
+
 def test_sources_that_cannot_be_trained_on(make_config: MakeConfig, shape_shard: WriteShard, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="fewer than a batch of 64"):
         pretrain(make_config(training={"batch_size": 64}))
