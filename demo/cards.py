@@ -58,6 +58,15 @@ def short_path(path: str) -> str:
     return f"{PurePath(shard).name}/{PurePath(member).name}" if inside else "/".join(PurePath(path).parts[-2:])
 
 
+def short_folder(path: str) -> str:
+    """The last two folders of a path, or the shard of a member: for cards that bear the file's name already."""
+    shard, inside, _ = path.rpartition(MEMBER_SEPARATOR)
+    if inside:
+        return PurePath(shard).name
+    folder = PurePath(path).parent
+    return "/".join(folder.relative_to(folder.anchor).parts[-2:]) or folder.anchor
+
+
 def _card(hit: Hit, mark: str, scored: bool) -> str:
     caption, _, others = hit.caption.partition("\n")
     name = caption or PurePath(hit.path).name
@@ -96,5 +105,5 @@ def _card(hit: Hit, mark: str, scored: bool) -> str:
         clip=clip,
         score=_SCORE.substitute(score=data["score"]) if scored else "",
         path=escape(hit.path),
-        short_path=escape(short_path(hit.path)),
+        short_path=escape(short_path(hit.path) if caption else short_folder(hit.path)),
     )

@@ -88,7 +88,15 @@ def test_an_animated_picture_is_not_given_to_a_video_player() -> None:
 
 
 def test_an_item_without_caption_is_called_by_its_file() -> None:
-    assert Elements(cards([hit(caption="")], "v1")).of("img")[0]["alt"] == "beach.jpg"
+    for path, folder in (
+        ("/my/pictures/holiday/beach.jpg", "pictures/holiday"),
+        ("/beach.jpg", "/"),
+        ("/data/train-0.tar::deep/beach.jpg", "train-0.tar"),
+    ):
+        card = Elements(cards([hit(caption="", path=path)], "v1", scored=False))
+        assert card.of("img")[0]["alt"] == "beach.jpg"
+        assert card.of("button", "path")[0]["title"] == f"Copy {path}"
+        assert card.text == f"More like thisbeach.jpg{folder}"
 
 
 def test_of_several_captions_the_card_shows_the_first_and_the_viewer_the_others() -> None:
