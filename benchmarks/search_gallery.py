@@ -21,7 +21,8 @@ from search_data import Base, grow
 from cots.model.pretrained import load_model
 from index.captions import index_captions
 from index.engine import renew_engine
-from index.gallery import create_gallery, open_gallery, schema, writing
+from index.gallery import create_gallery, open_gallery, schema
+from index.lock import writing
 
 COMMIT = 100_000
 MOMENTS = 9

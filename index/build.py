@@ -18,9 +18,10 @@ from index.ann import Fill
 from index.compaction import tidy
 from index.crew import Recipe, embed_with
 from index.engine import check_engine, engine_facts, renew_engine
-from index.gallery import Gallery, create_gallery, open_gallery, writing
+from index.gallery import Gallery, create_gallery, open_gallery
 from index.known import Change, KnownItems
 from index.listing import list_samples
+from index.lock import writing
 from index.place import TablePlace
 from index.workers import ProcessCrew
 from index.writer import TableWriter

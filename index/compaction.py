@@ -8,7 +8,8 @@ from typing import Any
 
 from index.captions import index_captions
 from index.checksum import remove_scratch
-from index.gallery import Gallery, open_gallery, writing
+from index.gallery import Gallery, open_gallery
+from index.lock import writing
 from index.snapshot import FOLDER
 
 MANY_FRAGMENTS = 16

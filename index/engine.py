@@ -20,7 +20,8 @@ import numpy as np
 from cots.errors import CotsError, GalleryError
 from index.ann import HNSW_LINKS, AnnIndex, Effort, Fill, installed_faiss, make_structure
 from index.exact import ExactIndex
-from index.gallery import Gallery, open_gallery, writing
+from index.gallery import Gallery, open_gallery
+from index.lock import writing
 from index.manifest import StructureRecord
 from index.memory import available_memory
 from index.snapshot import FOLDER, Snapshot

@@ -10,11 +10,10 @@ thing share `item`, which is the id of its first row. Whoever writes holds the g
 permission to write.
 """
 
-import fcntl
 import mimetypes
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,8 +24,9 @@ import pyarrow as pa
 
 from cots.data.shards import MEMBER_SEPARATOR, read_media
 from cots.errors import GalleryError
+from index.lock import LOCK, writing
 from index.manifest import Manifest
-from index.place import OWNER, TABLE, TablePlace, folder_mark, identity_of, is_store_fault, owner_of
+from index.place import OWNER, TABLE, TablePlace, folder_mark, identity_of, meaning, owner_of
 from index.snapshot import COLUMNS, Snapshot, load_snapshot
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from cots.model.retrieval_model import RetrievalModel
     from index.search import Searcher, SearchResult
 
-LOCK = ".lock"
 READ_ROWS = 65_536  # at a time; of LanceDB's own 1,024, a million rows take half a second to pass through Python
 _LAST_VERSION = 2**64 - 1
 T = TypeVar("T")
@@ -273,9 +272,11 @@ class Gallery:
         Raises:
             GalleryError: the condition cannot be parsed or names an unknown column; the message lists those that exist.
         """
+        # Of a statement LanceDB reads as much as makes sense, so that "id = 3 AN kind = 'image'" would be "id = 3".
+        whole = f"({where}\n)"
         try:
             found = self.read_latest(
-                lambda table: table.search().where(where).select(["id"]).to_batches(READ_ROWS).read_all()
+                lambda table: table.search().where(whole).select(["id"]).to_batches(READ_ROWS).read_all()
             )
         except (ValueError, RuntimeError) as error:
             raise bad_filter(where, error, self.table.schema.names) from error
@@ -364,36 +365,8 @@ def adopt_table(directory: str | Path) -> str:
     return gallery.place.address
 
 
-@contextmanager
-def writing(directory: str | Path) -> Iterator[Path]:
-    """Hold the lock of a gallery, whose directory is made if there is none, and give its absolute path.
-
-    The kernel frees the lock when the process ends, however it ends.
-
-    Raises:
-        GalleryError: another process holds it, the directory cannot be written to, or, while it is held, the store of
-            the table fails.
-    """
-    directory = Path(directory).expanduser().absolute()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / LOCK).open("a")  # never emptied anew, which would give it another time: see `folder_mark`
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise GalleryError(f"The gallery {directory} cannot be written to ({reason}); choose another place.") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise GalleryError(f"Another process is changing the gallery {directory}; wait until it ends.") from error
-        try:
-            yield directory
-        except (RuntimeError, ValueError, OSError) as error:
-            if is_store_fault(error):
-                raise Gallery(directory, Manifest.read(directory)).place.fault(error) from error
-            raise
-
-
 def bad_filter(where: str, error: Exception, columns: list[str]) -> GalleryError:
-    reason = str(error).strip().splitlines()[0].rstrip(".")
+    text = " ".join(str(error).split())
+    parsed = re.search(r"sql parser error: (.*)\)$", text)
+    reason = parsed[1] if parsed else meaning(text)
     return GalleryError(f"The filter {where!r} cannot be used ({reason}); the columns are: {', '.join(columns)}.")

@@ -4,6 +4,7 @@ What an object store cannot do as files do is said here once: who may write, and
 endpoint and region come from the environment, as LanceDB reads them, and are never written anywhere.
 """
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ MEANINGS = (  # of what a store or the way to it says, the first that fits
      "missing or wrong; set them in the environment"),
     (r"AccessDenied|Forbidden|status(?: code)?: 40[13]|PermissionDenied|Unauthenticated", "access is denied"),
 )  # fmt: skip
+OF_A_FOLDER = r"LanceError\(IO\)|Not found: |[Cc]orrupt|os error \d+"  # what LanceDB says of damaged files
+OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 OUTAGE = r"error sending request|HttpError|timed? ?out|status(?: code)?: (5\d\d|429)|[Cc]onnection"
 
 
@@ -129,22 +132,39 @@ class TablePlace:
 
     @contextmanager
     def faults_told(self) -> Iterator[None]:
-        """Turn what LanceDB says of a store's faults into a sentence; other errors pass as they are.
+        """Turn what LanceDB says of faults of the disk, of the table's files or of a store into a sentence.
+
+        Other errors pass as they are.
 
         Raises:
-            GalleryError: the store or the way to it failed.
+            GalleryError: the disk, the store or the way to it failed, or the table is damaged.
         """
         try:
             yield
         except (RuntimeError, ValueError, OSError) as error:
-            if self.folder is not None or not is_store_fault(error):
+            fault = self.fault(error)
+            if fault is None:
                 raise
-            raise self.fault(error) from error
+            raise fault from error
 
-    def fault(self, error: Exception) -> GalleryError:
-        """A store's fault as a sentence."""
+    def fault(self, error: Exception) -> GalleryError | None:
+        """A fault of the disk, of the table's files or of the store as a sentence; None for any other error."""
+        number = _number_of(error)
+        if number in OF_A_DISK:
+            reason = os.strerror(number).lower()
+        elif self.folder is None:
+            if not is_store_fault(error):
+                return None
+            reason = meaning(str(error))
+        elif not isinstance(error, OSError) and re.search(OF_A_FOLDER, str(error)):
+            return GalleryError(
+                f"The table {self.folder} is damaged ({meaning(str(error))}); put it back from a copy, or build "
+                "another gallery."
+            )
+        else:
+            return None
         return GalleryError(
-            f"The table at {self.address} cannot be used ({meaning(str(error))}); nothing that it holds is lost, "
+            f"The table at {self.address} cannot be used ({reason}); nothing that it holds is lost, "
             "mend that and run the same command again."
         )
 
@@ -162,6 +182,14 @@ class TablePlace:
 def is_store_fault(error: BaseException | None) -> bool:
     """Whether an error of LanceDB's comes from an object store or from the way to it."""
     return bool(re.search(OF_A_STORE, str(error)))
+
+
+def _number_of(error: Exception) -> int:
+    """The system's number of what a disk refuses, which LanceDB has in its text; 0 for other errors."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    told = re.search(r"os error (\d+)", str(error))
+    return int(told[1]) if told else 0
 
 
 def is_outage(error: BaseException | None) -> bool:
@@ -195,5 +223,5 @@ def meaning(text: str) -> str:
     if re.search(OUTAGE, text):
         return "it cannot be reached"
     text = re.sub(r"\?\S+", "", text)  # of an address, where Azure takes a signature
-    text = re.sub(r"^.*LanceError\(\w+\): |,? ?\S+\.rs(:\d+)+", "", " ".join(text.split()))
+    text = re.sub(r"^.*LanceError\(\w+\): |^lance error: |,? ?\S+\.rs(:\d+)+", "", " ".join(text.split()))
     return " ".join(text.split())[-200:].rstrip(".")

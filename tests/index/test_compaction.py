@@ -14,7 +14,8 @@ from cots.model.retrieval_model import RetrievalModel
 from index.build import build, remove
 from index.check import check
 from index.compaction import compact
-from index.gallery import Gallery, open_gallery, writing
+from index.gallery import Gallery, open_gallery
+from index.lock import writing
 from index.search import Searcher
 
 

@@ -16,7 +16,8 @@ import cots
 from cots.errors import GalleryError
 from cots.model.retrieval_model import RetrievalModel
 from index.build import build, info
-from index.gallery import Gallery, create_gallery, open_gallery, writing
+from index.gallery import Gallery, create_gallery, open_gallery
+from index.lock import writing
 from index.manifest import FORMAT, Manifest
 
 

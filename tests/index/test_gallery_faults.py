@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from gallery_media import write_picture
 from cots.errors import GalleryError
 from cots.model.retrieval_model import RetrievalModel
 from index import ann
-from index.build import build
+from index.build import build, remove
 from index.check import check
 from index.engine import set_engine
 from index.exact import ExactIndex
@@ -98,9 +99,17 @@ def test_filters_that_match_nothing_or_are_no_sql(
     assert searcher.search("dog", where="width > 5000", mode=mode).hits == []
     assert searcher.search("dog", kind="video", mode=mode).hits == []
     assert len(searcher.search("dog", where="id <= 3", mode=mode).hits) == 3
-    for condition in ("width >", "((id = 1)", "colour = 1", "SELECT 1", "id"):
+    for condition in ("width >", "((id = 1)", "colour = 1", "SELECT 1", "id", "id = 1 AN width = 2", "id = 1; x"):
         with pytest.raises(GalleryError, match=r"The filter .* cannot be used .*the columns are: id, item"):
             searcher.search("dog", where=condition, mode=mode)
+
+
+@pytest.mark.parametrize("condition", ["id > 0 AN id = 1", "id > 0; DROP TABLE vectors", "id > 0 LIMIT 1"])
+def test_a_filter_of_which_only_the_beginning_makes_sense_removes_nothing(captioned: Gallery, condition: str) -> None:
+    with pytest.raises(GalleryError, match=r"The filter .* cannot be used \(Expected: \), found: "):
+        remove(captioned.directory, condition)
+    assert remove(captioned.directory, "id = 1 -- of a comment there is nothing to fear") == 1
+    assert len(open_gallery(captioned.directory).snapshot) == 11
 
 
 @BY_ENGINE
@@ -143,6 +152,60 @@ def test_a_read_only_gallery_is_searched_but_not_changed(captioned: Gallery) -> 
     assert all("cannot be written to (permission denied); choose another place" in sentence for sentence in refusals)
     assert engine == "exact"
     assert "is damaged); every vector is compared, because it cannot be made again just now" in done.stderr
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "gone"])
+@pytest.mark.parametrize("folder", ["data", "_versions"])
+def test_a_damaged_table_is_a_sentence(
+    captioned: Gallery, tiny_model: RetrievalModel, folder: str, damage: str
+) -> None:
+    directory = captioned.directory
+    for path in (directory / "vectors.lance" / folder).glob("*[a-z0-9].lance" if folder == "data" else "*.manifest"):
+        if damage == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:200] if damage == "cut off" else b"")
+    sentence = r"The table \S+vectors.lance is damaged \(.+\); put it back from a copy|has lost its table"
+    changes: list[Callable[[], object]] = [
+        lambda: check(directory),
+        lambda: remove(directory, "width > 1"),
+        lambda: build([directory.parent / "items.jsonl"], directory, tiny_model),
+        lambda: open_gallery(directory).search("dog", model=tiny_model, where="width > 1"),
+    ]
+    for change in changes:
+        with pytest.raises(GalleryError, match=sentence) as caught:
+            change()
+        assert ".rs:" not in str(caught.value)
+
+
+def test_a_full_disk_is_a_sentence_and_loses_nothing(captioned: Gallery) -> None:
+    """No file may grow beyond so many bytes: of none, of a version of the table, of the rows that are new."""
+    directory = captioned.directory
+    for number in range(12, 20):
+        write_picture(directory.parent / f"{number}.png", number)
+    script = (
+        "import resource, signal, sys, lancedb\n"
+        "from cots.errors import GalleryError\n"
+        "from cots.model.pretrained import load_model\n"
+        "from index.build import build, remove\n"
+        "from index.gallery import open_gallery\n"
+        "model = load_model(open_gallery(sys.argv[1]).manifest.model)\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "for most in (0, 700, 2000):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))\n"
+        "    for change in (lambda: remove(sys.argv[1], 'id = 1'), lambda: build([sys.argv[2]], sys.argv[1], model)):\n"
+        "        try: change()\n"
+        "        except GalleryError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", script, str(directory), str(directory.parent)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sentences = done.stdout.splitlines()
+    assert len(sentences) >= 4
+    for sentence in sentences:
+        assert "file too large); nothing that it holds is lost, mend that and run the same command again" in sentence
+    assert check(directory) == []
+    assert len(open_gallery(directory).snapshot) >= 11
 
 
 def test_a_vector_that_is_not_finite_is_last() -> None:

@@ -115,7 +115,8 @@ import pyarrow as pa
 from index.build import remove
 from index.compaction import compact
 from index.engine import set_engine
-from index.gallery import open_gallery, schema, writing
+from index.gallery import open_gallery, schema
+from index.lock import writing
 warnings.simplefilter("ignore")
 directory = sys.argv[1]
 def append(count):

@@ -15,7 +15,8 @@ from index import writer
 from index.build import build, info, remove
 from index.check import check
 from index.compaction import compact
-from index.gallery import Gallery, adopt_table, create_gallery, open_gallery, writing
+from index.gallery import Gallery, adopt_table, create_gallery, open_gallery
+from index.lock import writing
 
 
 def test_a_table_that_is_gone_or_another_is_not_taken_for_its_own(
