@@ -13,6 +13,7 @@ a model that gives every candidate the same score finds nothing.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ DEPTH = 10  # of mAP
 RECALLS = (1, 5, 10)
 SCORE_DECIMALS = 6
 
-_CHUNK_ELEMENTS = 1 << 22  # a chunk of rows holds at most this many scores
+_CHUNK_ELEMENTS = 1 << 20  # a chunk of rows holds at most this many scores
 
 # What is done to a chunk of scores (rows, C) before they are ranked; the slice tells which queries they belong to.
 Adjust = Callable[[Tensor, slice], Tensor]
@@ -42,7 +43,7 @@ class Ranking:
     precision: Tensor
 
 
-def retrieval_metrics(scores: Tensor, relevance: Tensor) -> dict[str, float]:
+def retrieval_metrics(scores: Tensor | np.ndarray, relevance: Tensor | np.ndarray) -> dict[str, float]:
     """R@1, R@5, R@10 and mAP@10 in percent, MedR and MeanR in ranks, over the queries (rows).
 
     Shapes and errors as `rank`. R@k is the share of queries with a relevant candidate of rank <= k.
@@ -50,21 +51,24 @@ def retrieval_metrics(scores: Tensor, relevance: Tensor) -> dict[str, float]:
     return summary(rank(scores, relevance))
 
 
-def rank(scores: Tensor, relevance: Tensor) -> Ranking:
+def rank(scores: Tensor | np.ndarray, relevance: Tensor | np.ndarray) -> Ranking:
     """Rank the candidates of each query.
 
     Args:
-        scores: (Q, C) float of any precision, higher is better; compared as they are. Minus infinity is a score.
+        scores: (Q, C) numbers of any precision, higher is better; compared as they are. Minus infinity is a score.
         relevance: (Q, C) bool, at least one True a row.
 
     Raises:
         EvaluationError: the shapes differ, there is nothing to rank, a score is NaN, or a query has nothing relevant.
     """
+    scores, relevance = torch.as_tensor(scores), torch.as_tensor(relevance)
     if scores.ndim != 2 or scores.shape != relevance.shape:
         raise EvaluationError(
             f"Scores and relevance must both be (queries, candidates), not {tuple(scores.shape)} and "
             f"{tuple(relevance.shape)}."
         )
+    if not scores.is_floating_point():
+        scores = scores.double()  # whole numbers know no minus infinity, which hides candidates
     return _gather(_rank_rows(scores[rows], relevance[rows].bool(), rows) for rows in _chunks(*scores.shape))
 
 

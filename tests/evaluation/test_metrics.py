@@ -87,6 +87,17 @@ def test_half_precision_scores_are_compared_as_they_are_and_double_ones_keep_the
     assert ranks(close.half(), torch.tensor([[False, True]])) == [2]
 
 
+def test_arrays_of_numpy_and_whole_numbers_are_as_good_as_tensors_of_floats() -> None:
+    scores = np.array([[0.9, 0.95, 0.9, 0.1]])
+    relevance = np.array([[True, False, False, True]])
+    # 0.95 and the tied 0.9 stand before the first relevant one, so they are at places 3 and 4
+    metrics = retrieval_metrics(scores, relevance)
+    assert (metrics["R@1"], metrics["R@5"], metrics["MedR"]) == (0.0, 100.0, 3.0)
+    assert metrics["mAP@10"] == pytest.approx(100 * (1 / 3 + 2 / 4) / 2)
+    assert retrieval_metrics(np.array([[18, 19, 18, 2]]), relevance) == metrics
+    assert retrieval_metrics(torch.tensor([[18, 19, 18, 2]]), torch.from_numpy(relevance)) == metrics
+
+
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=30))
 def test_the_median_is_numpys(values: list[int]) -> None:
     assert median(torch.tensor(values)) == np.median(values)
