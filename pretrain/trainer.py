@@ -90,6 +90,8 @@ class Run:
         self.stepper = create_step(config, ranks)
         self.tokenizer = self.stepper.tokenizer
 
+        if not config.data.train:
+            raise ConfigError("data.train names no source; give one, such as data.train='[{path: pairs.tar}]'.")
         self.sources = [open_source(source) for source in config.data.train]
         self.sampler = StepSampler(
             [len(source) for source in self.sources],
@@ -317,6 +319,7 @@ def create_step(config: PretrainConfig, ranks: Ranks) -> TrainingStep:
     tokenizer = starting_tokenizer(config)
     encoder = starting_encoder(config, tokenizer)
     masked = config.objective.masked_modeling
+    _refuse_misfit_crops(encoder, config)
     visual_tokenizer: VisualTokenizer | None = None
     if masked.image_weight:
         precision = torch.bfloat16 if uses_bf16(config.training.precision, ranks.device) else torch.float32
@@ -328,6 +331,23 @@ def create_step(config: PretrainConfig, ranks: Ranks) -> TrainingStep:
 
 
 def _checkpoint_to_resume(directory: Path, resume: bool) -> Path | None:
+@torch.no_grad()
+def _refuse_misfit_crops(encoder: DualEncoder, config: PretrainConfig) -> None:
+    """Raises ConfigError if the image tower does not take crops of another size than its own."""
+    size, own = config.data.image_size, config.model.image_tower
+    if size is None or size == own.image_size:
+        return
+    training = encoder.training
+    try:
+        encoder.eval().encode_image(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(
+            f"data.image_size is {size}, but {own.name} takes pictures of {own.image_size} px alone; leave it out, or "
+            f"set model.image_tower.image_size={size} too."
+        ) from error
+    encoder.train(training)
+
+
     """The checkpoint to go on from, if there is one.
 
     Raises:

@@ -291,6 +291,8 @@ def test_settings_that_do_not_fit_are_refused(make_config: MakeConfig, every_lev
         make_config(objective={"contrastive": {"queue_size": 0}})
     with pytest.raises(ValueError, match="every loss has weight 0"):
         make_config(objective={"contrastive": {"weight": 0}})
+    with pytest.raises(ConfigError, match=r"data\.image_size is 48, but vit_tiny_patch16_224 takes pictures of 64 px"):
+        pretrain(make_config(data={"image_size": 48}))
     with pytest.raises(ConfigError, match=r"drop_words needs the captions' text"):
         pretrain(make_config(data={"cache_side": 64, "augmentation": {"drop_words": 0.1}}))
 
