@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
@@ -47,12 +48,23 @@ class WorkerLoader(DataLoader[Any]):
     ) -> None:
         single = "batch_size" in options and options["batch_size"] is None
         collate = collate_fn or (default_convert if single else default_collate)
-        super().__init__(
-            _Handed(dataset), collate_fn=_HandedCollate(collate, single), **options, **_worker_options(workers)
-        )
+        with _no_advice():
+            super().__init__(
+                _Handed(dataset), collate_fn=_HandedCollate(collate, single), **options, **_worker_options(workers)
+            )
 
     def __iter__(self) -> Any:
-        return _raise_handed(super().__iter__())  # the workers begin here, not with the first batch
+        with _no_advice():
+            batches = super().__iter__()  # the workers begin here, not with the first batch
+        return _raise_handed(batches)
+
+
+@contextmanager
+def _no_advice() -> Iterator[None]:
+    """torch warns of more workers than cores: harmless, and said of a default."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        yield
 
 
 class _Handed(Dataset[Any]):
