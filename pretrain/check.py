@@ -98,7 +98,9 @@ def _look_at_sources(config: PretrainConfig, tokenizer: CaptionTokenizer | None,
             "data.train names no source; give at least one, such as data.train='[{path: pairs.tar}]'."
         )
     if not config.data.validation:
-        report.warnings.append("data.validation names no source; nothing will tell when the model is best, or save it.")
+        report.warnings.append(
+            "data.validation names no source; nothing will tell when the model is best: the last one is kept."
+        )
     roles = [("train", source) for source in config.data.train]
     roles += [("validation", source) for source in config.data.validation]
     for role, source in roles:

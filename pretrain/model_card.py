@@ -29,9 +29,11 @@ def model_card(
         f"- Trained on: {', '.join(f'{source.path} (x{source.weight:g})' for source in config.data.train)}",
         f"- At most {config.training.epochs:g} epochs, batch {config.training.batch_size}, seed {config.training.seed}",
         "",
-        "| validation | direction | R@1 | R@5 | R@10 | MedR |",
-        "|---|---|---|---|---|---|",
     ]
+    if results:
+        lines += ["| validation | direction | R@1 | R@5 | R@10 | MedR |", "|---|---|---|---|---|---|"]
+    else:
+        lines += ["Not validated: the weights are those that the training ended with."]
     for path, directions in results.items():
         for direction, m in directions.items():
             figures = f"{m['R@1']:.1f} | {m['R@5']:.1f} | {m['R@10']:.1f} | {m['MedR']:g}"

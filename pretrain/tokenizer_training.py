@@ -188,7 +188,9 @@ class TokenizerRun:
                 if stopping and not last:
                     self.telemetry.say(f"Stopped at step {self.step}; go on with training.resume=true.")
                     return
-        self.telemetry.say(f"Done: {self.steps} steps; the best tokenizer is in {self.directory / 'best'}.")
+        kept = f"the best tokenizer is in {self.directory / 'best'}"
+        kept = kept if self.config.data.validation else "data.validation names no source, so no tokenizer was saved"
+        self.telemetry.say(f"Done: {self.steps} steps; {kept}.")
 
     def _squares(self) -> Iterator[Squares]:
         data, seed = self.config.data, self.config.training.seed

@@ -48,7 +48,7 @@ from pretrain.step import TrainingStep, uses_bf16
 from pretrain.step_cost import StepCost
 from pretrain.stored_tokens import TokenizedPairs, tokenized_loader
 from pretrain.telemetry import Telemetry, no_number
-from pretrain.validation import Validation, criterion
+from pretrain.validation import Metrics, Validation, criterion
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -187,7 +187,8 @@ class Run:
                 if stopping and not last:
                     self.telemetry.say(f"Stopped at step {self.step}; go on with training.resume=true.")
                     return
-        self.telemetry.say(f"Done: {self.steps} steps; the best model is in {self.directory / 'best'}.")
+        which = "best model" if self.config.data.validation else "last model, for data.validation names no source,"
+        self.telemetry.say(f"Done: {self.steps} steps; the {which} is in {self.directory / 'best'}.")
 
     def _batches(self) -> Iterator[Batch]:
         data = self.config.data
@@ -228,11 +229,14 @@ class Run:
         return path
 
     def _validate(self) -> None:
-        if not self.config.data.validation:
+        validated = bool(self.config.data.validation)
+        if not validated and self.step < self.steps:
             return
         with self.stepper.shipped_encoder() as encoder:
-            if encoder is not None:
+            if encoder is not None and validated:
                 self._measure(encoder)
+            elif encoder is not None:
+                self._keep(encoder, {})  # nothing chose it, but it is what the training came to
         self.telemetry.restart()
 
     def _measure(self, network: DualEncoder) -> None:
@@ -249,14 +253,11 @@ class Run:
             self.telemetry.say(f"epoch {epoch:.1f}  {Path(path).name}  {both}")
         if score > self.best["criterion"]:
             self.best = {"criterion": score, "step": self.step, "results": results}
-            card = model_card(self.config, results)
-            save_model(
-                self.directory / "best",
-                network,
-                self.tokenizer,
-                weights_dtype=self.config.training.weights_dtype,
-                card=card,
-            )
+            self._keep(network, results)
+
+    def _keep(self, network: DualEncoder, results: dict[str, Metrics]) -> None:
+        dtype, card = self.config.training.weights_dtype, model_card(self.config, results)
+        save_model(self.directory / "best", network, self.tokenizer, weights_dtype=dtype, card=card)
 
     def _save(self) -> None:
         random, parts = random_state(), self.stepper.state()  # both meetings of all ranks
@@ -318,8 +319,8 @@ def create_step(config: PretrainConfig, ranks: Ranks) -> TrainingStep:
     torch.manual_seed(config.training.seed)
     tokenizer = starting_tokenizer(config)
     encoder = starting_encoder(config, tokenizer)
-    masked = config.objective.masked_modeling
     _refuse_misfit_crops(encoder, config)
+    masked = config.objective.masked_modeling
     visual_tokenizer: VisualTokenizer | None = None
     if masked.image_weight:
         precision = torch.bfloat16 if uses_bf16(config.training.precision, ranks.device) else torch.float32
@@ -330,7 +331,6 @@ def create_step(config: PretrainConfig, ranks: Ranks) -> TrainingStep:
     return TrainingStep(network, objective, config, ranks, tokenizer, visual_tokenizer)
 
 
-def _checkpoint_to_resume(directory: Path, resume: bool) -> Path | None:
 @torch.no_grad()
 def _refuse_misfit_crops(encoder: DualEncoder, config: PretrainConfig) -> None:
     """Raises ConfigError if the image tower does not take crops of another size than its own."""
@@ -348,6 +348,7 @@ def _refuse_misfit_crops(encoder: DualEncoder, config: PretrainConfig) -> None:
     encoder.train(training)
 
 
+def _checkpoint_to_resume(directory: Path, resume: bool) -> Path | None:
     """The checkpoint to go on from, if there is one.
 
     Raises:

@@ -191,7 +191,29 @@ def test_a_place_that_no_run_can_be_written_to_is_named(make_config: MakeConfig,
         pretrain(make_config(training={"output": str(tmp_path / "file" / "run")}))
 
 
+def test_without_validation_pairs_the_last_model_is_kept(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture
+) -> None:
+    run = pretrain(make_config(data={"validation": []}, training={"epochs": 1}))
+    assert "the last model, for data.validation names no source, is in" in capsys.readouterr().err
+    assert load_model(str(run)).encode_texts(["a red ball"]).shape == (1, 32)
+    assert "Not validated" in (run / "best" / "MODEL_CARD.md").read_text()
+
+
+def test_more_workers_than_cores_or_shards_are_no_trouble(
+    make_config: MakeConfig, shards: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    workers = (os.cpu_count() or 1) + 1
+    data = {"train": [{"path": str(shards / "train-0.tar")}], "workers": workers}  # one shard
+    few = pretrain(make_config("few", data={**data, "workers": 0}, training={"epochs": 1}))
+    many = pretrain(make_config("many", data=data, training={"epochs": 1}))
+    assert _losses(many) == _losses(few)
+    assert not [warning for warning in recwarn if "DataLoader" in str(warning.message)]
+
+
 def test_sources_that_cannot_be_trained_on(make_config: MakeConfig, shape_shard: WriteShard, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.train names no source; give one"):
+        pretrain(make_config("none", data={"train": []}))
     with pytest.raises(SourceError, match="fewer than a batch of 64"):
         pretrain(make_config(training={"batch_size": 64}))
     with pytest.raises(SourceError, match=r"nothing matches|no file or folder"):
