@@ -76,7 +76,11 @@ def _check_vectors(snapshot: Snapshot) -> list[str]:
 def _check_snapshot(gallery: Gallery, table: Snapshot) -> list[str]:
     if gallery.snapshot.rows.equals(table.rows):
         return []
-    return [f"The snapshot in {gallery.directory / FOLDER} is not what the table holds; delete it, it is made again."]
+    return [
+        f"The table at {gallery.place.address} is not what it was when the snapshot of its version was made: it is "
+        "damaged, or was put back from a copy. Restore the table; only if it is known to be right, delete the snapshot "
+        f"in {gallery.directory / FOLDER}, which is made again."
+    ]
 
 
 def _check_media(gallery: Gallery, snapshot: Snapshot) -> list[str]:

@@ -45,3 +45,14 @@ def test_another_model_is_a_problem(
 def test_other_columns_are_a_problem(gallery: Gallery) -> None:
     gallery.table.drop_columns(["licence"])
     assert check(gallery.directory) == ["The table's columns are not those that the manifest implies: licence."]
+
+
+def test_a_flipped_byte_in_the_table_is_a_problem_of_the_table(gallery: Gallery) -> None:
+    vector = gallery.snapshot.vectors[3].tobytes()
+    (path,) = (path for path in (gallery.directory / "vectors.lance" / "data").iterdir() if vector in path.read_bytes())
+    content = bytearray(path.read_bytes())
+    content[content.index(vector) + 6] ^= 1
+    path.write_bytes(content)
+    (problem,) = check(gallery.directory)
+    assert "The table at" in problem
+    assert "is damaged, or was put back from a copy. Restore the table" in problem
