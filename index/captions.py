@@ -4,6 +4,7 @@ The index is made when the first captions come and grows at the end of a build. 
 LanceDB reads their captions one by one.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from cots.errors import GalleryError
+from index.place import meaning
 
 if TYPE_CHECKING:
     from index.gallery import Gallery
@@ -20,18 +22,47 @@ UNINDEXED_SHARE = 0.1
 # The usual 60 is for lists of thousands. On 1,000 photographs with one caption each, 88.8 % of other captions find
 # theirs among the first ten with 5, 81.8 % with 60 and 79.8 % by vectors alone (benchmarks/search_fusion.py).
 RRF_CONSTANT = 5.0
+log = logging.getLogger("cots")
 
 
-def index_captions(gallery: "Gallery") -> None:
-    """Make the full-text index if there are captions, and take in new ones if many. The caller holds the lock."""
+def index_captions(gallery: "Gallery", anew: bool = False) -> None:
+    """Make the full-text index if there are captions, and take in new ones if many. The caller holds the lock.
+
+    Args:
+        gallery: whose captions to index.
+        anew: make the index though there is one, which may be damaged.
+    """
     found = caption_index(gallery)
-    if found is not None:
+    if found is not None and not anew:
         if found.num_unindexed_rows > UNINDEXED_SHARE * max(found.num_indexed_rows or 0, 1):
-            gallery.table.optimize()
+            optimize(gallery)
     elif gallery.table.count_rows(f"{COLUMN} != ''"):
         from lancedb.index import FTS
 
         gallery.table.create_index(COLUMN, config=FTS())
+
+
+def optimize(gallery: "Gallery", **options: Any) -> None:
+    """LanceDB's `optimize`, which takes all captions into the index. The caller holds the lock.
+
+    An index that cannot be read LanceDB skips or fails at; it is made again.
+    """
+    try:
+        gallery.table.optimize(**options)
+    except (RuntimeError, ValueError):
+        if caption_index(gallery) is None:
+            raise
+        _make_damaged_index_again(gallery)
+        gallery.table.optimize(**options)
+    else:
+        found = caption_index(gallery)
+        if found is not None and found.num_unindexed_rows:
+            _make_damaged_index_again(gallery)
+
+
+def _make_damaged_index_again(gallery: "Gallery") -> None:
+    index_captions(gallery, anew=True)
+    log.warning("The index of captions of %s could not be read; it was made again.", gallery.directory)
 
 
 def caption_index(gallery: "Gallery") -> Any | None:
@@ -52,7 +83,7 @@ def find_captions(gallery: "Gallery", text: str, limit: int) -> tuple[np.ndarray
         ids (M,) int64 and their BM25 scores (M,) float32, descending; equal scores by id.
 
     Raises:
-        GalleryError: the captions have no index yet.
+        GalleryError: the captions have no index yet, or it is damaged.
     """
 
     def search(table: Any) -> pa.Table:
@@ -68,7 +99,16 @@ def find_captions(gallery: "Gallery", text: str, limit: int) -> tuple[np.ndarray
             f"The captions of the gallery {gallery.directory} are not indexed; "
             f"index them with: cots index compact --gallery {gallery.directory}"
         )
-    found = gallery.read_latest(search)
+    try:
+        found = gallery.read_latest(search)
+    except (GalleryError, RuntimeError, ValueError) as error:
+        if gallery.place.folder is None:
+            raise
+        reason = meaning(str(error.__cause__ if isinstance(error, GalleryError) else error))
+        raise GalleryError(
+            f"The captions of the gallery {gallery.directory} cannot be searched ({reason}); "
+            f"make their index again with: cots index compact --gallery {gallery.directory}"
+        ) from error
     ids, scores = found["id"].to_numpy(), found["_score"].to_numpy()
     order = np.lexsort((ids, -scores))
     return ids[order], scores[order]

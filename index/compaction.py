@@ -6,7 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from index.captions import index_captions
+from index.captions import index_captions, optimize
 from index.checksum import remove_scratch
 from index.gallery import Gallery, open_gallery
 from index.lock import writing
@@ -33,8 +33,9 @@ class CompactReport:
 def compact(gallery_dir: str | Path) -> CompactReport:
     """Rewrite the table without deleted rows and in few fragments, and remove all its older versions.
 
-    Rows, ids and vectors stay as they are. Who is reading goes on: open searches hold what they have mapped, and a
-    filter whose version is removed while it is read is read again.
+    Rows, ids and vectors stay as they are. The full-text index is made again, so that damage to it is mended. Who is
+    reading goes on: open searches hold what they have mapped, and a filter whose version is removed while it is read is
+    read again.
 
     Raises:
         GalleryError: there is no gallery, or another process is changing it.
@@ -44,7 +45,7 @@ def compact(gallery_dir: str | Path) -> CompactReport:
         gallery = open_gallery(directory)
         gallery.require_own_table()
         before, fragments = _size(gallery), _fragments(gallery)
-        index_captions(gallery)
+        index_captions(gallery, anew=True)
         gallery.table.optimize(cleanup_older_than=NONE_KEPT)
         remove_scratch(directory / FOLDER)
         compacted = open_gallery(directory)
@@ -61,7 +62,7 @@ def tidy(gallery: Gallery, fresh: bool) -> None:
     """
     index_captions(gallery)
     if fresh or _fragments(gallery) > MANY_FRAGMENTS:
-        gallery.table.optimize(cleanup_older_than=NONE_KEPT if fresh else KEEP_VERSIONS)
+        optimize(gallery, cleanup_older_than=NONE_KEPT if fresh else KEEP_VERSIONS)
     remove_scratch(gallery.directory / FOLDER)
 
 

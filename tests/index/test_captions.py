@@ -12,6 +12,7 @@ from cots.errors import GalleryError
 from cots.model.retrieval_model import RetrievalModel
 from index.build import build, remove
 from index.captions import RRF_CONSTANT, fuse
+from index.compaction import compact
 from index.gallery import Gallery, open_gallery
 from index.search import FUSED, Searcher
 
@@ -140,3 +141,41 @@ def test_captions_without_an_index_name_the_command_that_makes_one(
         searcher.search("dog", mode="text")
     cots_command("index", "compact", "--gallery", str(gallery.directory))
     assert set(found(searcher, "dog")) == {"b.png", "c.png"}
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "gone"])
+@pytest.mark.parametrize("part", ["tokens", "docs", "invert", "metadata"])
+def test_a_damaged_index_names_the_command_that_makes_it_again(
+    searcher: Searcher, tmp_path: Path, tiny_model: RetrievalModel, part: str, damage: str
+) -> None:
+    directory = searcher.gallery.directory
+    _damage_index(directory, part, damage)
+    damaged = Searcher(open_gallery(directory), tiny_model)
+    assert damaged.search("dog").hits
+    for mode in ("text", "hybrid"):
+        with pytest.raises(
+            GalleryError, match=f"make their index again with: cots index compact --gallery {directory}"
+        ):
+            damaged.search("dog", mode=mode)
+    compact(directory)
+    assert set(found(Searcher(open_gallery(directory), tiny_model), "dog")) == {"b.png", "c.png"}
+
+
+@pytest.mark.parametrize("damage", ["cut off", "gone"])
+def test_a_build_makes_a_damaged_index_again(
+    searcher: Searcher, tmp_path: Path, tiny_model: RetrievalModel, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for part in ("tokens", "docs", "invert", "metadata"):
+        _damage_index(searcher.gallery.directory, part, damage)
+    more = CAPTIONS | {f"{number}.png": [f"a dog of number {number}"] for number in range(8)}
+    build([write_table(tmp_path, more)], tmp_path / "gallery", tiny_model)
+    assert "could not be read; it was made again" in caplog.text
+    assert len(found(Searcher(open_gallery(tmp_path / "gallery"), tiny_model), "dog", k=20)) == 10
+
+
+def _damage_index(directory: Path, part: str, damage: str) -> None:
+    (path,) = (directory / "vectors.lance" / "_indices").glob(f"*/*{part}.lance")
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-100] if damage == "cut off" else b"")
