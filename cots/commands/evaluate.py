@@ -95,14 +95,14 @@ def _evaluate(
 
 
 def _compare(first: Path, second: Path, json_file: Path | None) -> None:
-    from cots.evaluation.comparison import as_json, compare
+    from cots.evaluation.comparison import compare
     from cots.evaluation.tables import comparison_text
 
-    differences, rsum = compare(first, second)
-    document = as_json(differences, rsum, first, second)
+    comparison = compare(first, second)
+    document = comparison.to_json()
     if json_file is not None and str(json_file) == "-":
         print_json(document)
         return
     if json_file is not None:
         write_json(json_file, document)
-    typer.echo(comparison_text(differences, rsum, str(first), str(second)))
+    typer.echo(comparison_text(comparison))

@@ -78,6 +78,8 @@ def differences(
         plain_before, plain_after = _plain(queries), _plain(second[name])
         results[name] = {}
         for figure, values in after.items():
+            if figure not in before:  # one of the two lacks the precision of its queries
+                continue
             plain = plain_after[figure] - plain_before[figure]
             results[name][figure] = _difference(plain, values - before[figure])
             if figure.startswith("R@"):

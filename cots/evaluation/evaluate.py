@@ -131,7 +131,12 @@ class EvaluationResult:
             "queries": {
                 "digest": self.test_set.digest,
                 **{
-                    name: {"ranks": side.ranks.tolist(), "units": side.units.tolist()} for name, side in queries.items()
+                    name: {
+                        "ranks": side.ranks.tolist(),
+                        "precision": [round(value, 6) for value in self.rankings[name].precision.tolist()],
+                        "units": side.units.tolist(),
+                    }
+                    for name, side in queries.items()
                 },
             },
         }

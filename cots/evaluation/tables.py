@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cots.evaluation.bootstrap import Difference
+from cots.evaluation.comparison import Comparison
 from cots.evaluation.protocols import PROTOCOLS, Protocol
 from cots.evaluation.references import RECALLED, Reference, references
 
@@ -117,13 +118,22 @@ def list_protocols() -> str:
     return "\n\n".join(parts)
 
 
-def comparison_text(result: dict[str, dict[str, Difference]], rsum: Difference, first: str, second: str) -> str:
+def comparison_text(comparison: Comparison) -> str:
     """The table of a paired bootstrap."""
     rows = [("", ["difference", "95 % interval", "p"])]
-    for direction, figures in result.items():
+    for direction, figures in comparison.directions.items():
         rows += [(f"{spoken(direction)} {name}", _difference_cells(one)) for name, one in figures.items()]
-    rows.append(("RSum", _difference_cells(rsum)))
-    return "\n".join([f"{second} minus {first}", *_aligned(rows)])
+    rows.append(("RSum", _difference_cells(comparison.rsum)))
+    first, second = comparison.models
+    return "\n".join(
+        [
+            f"{comparison.second}, {second}",
+            f"minus {comparison.first}, {first}",
+            *_aligned(rows),
+            "paired bootstrap over the items; of MedR and MeanR less is better",
+            *(f"note: {note}" for note in comparison.notes),
+        ]
+    )
 
 
 def _needs(protocol: Protocol) -> list[str]:

@@ -11,7 +11,7 @@ from cots.evaluation.evaluate import EvaluationResult, evaluate, measure
 from cots.evaluation.examples import EXAMPLES, RETURNED, pick_examples
 from cots.evaluation.protocols import open_protocol
 from cots.evaluation.report import write_report
-from cots.evaluation.tables import as_markdown, as_text, list_protocols
+from cots.evaluation.tables import as_markdown, as_text, comparison_text, list_protocols
 from cots.model.retrieval_model import RetrievalModel
 
 
@@ -108,17 +108,71 @@ def test_a_comparison_of_two_models(
     for name, model in (("a", tiny_model), ("b", other_model)):
         document = evaluate(file, model, max_bad_share=0.1).to_json(resamples=50)
         (tmp_path / f"{name}.json").write_text(json.dumps(document))
-    differences, rsum = compare(tmp_path / "a.json", tmp_path / "b.json")
+    comparison = compare(tmp_path / "a.json", tmp_path / "b.json")
     before, after = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
     for direction in ("text_to_image", "image_to_text"):
-        for name in ("R@1", "R@5", "R@10", "MedR", "MeanR"):
-            one = differences[direction][name]
-            assert one.value == pytest.approx(after[direction][name] - before[direction][name])
+        for name in ("R@1", "R@5", "R@10", "MedR", "MeanR", "mAP@10"):
+            one = comparison.directions[direction][name]
+            assert one.value == pytest.approx(after[direction][name] - before[direction][name], abs=1e-3)
             assert one.interval[0] <= one.value <= one.interval[1]
             assert 0 <= one.p_value <= 1
-    assert rsum.value == pytest.approx(after["RSum"] - before["RSum"])
-    same, _ = compare(tmp_path / "a.json", tmp_path / "a.json")
-    assert same["text_to_image"]["R@1"].interval == (0.0, 0.0)
+    assert comparison.rsum.value == pytest.approx(after["RSum"] - before["RSum"])
+    assert comparison.notes == ()
+    assert tiny_model.fingerprint[:12] in comparison_text(comparison)
+    same = compare(tmp_path / "a.json", tmp_path / "a.json")
+    assert same.directions["text_to_image"]["R@1"].interval == (0.0, 0.0)
+    assert same.notes == ("both results are of one model",)
+
+
+def test_a_comparison_says_what_else_than_the_model_differs(photos: EvaluationResult, tmp_path: Path) -> None:
+    document = photos.to_json(resamples=10)
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    changed = document | {"fingerprint": "another", "image_size": 224, "decode_failures": []}
+    (tmp_path / "b.json").write_text(json.dumps(changed))
+    text = comparison_text(compare(tmp_path / "a.json", tmp_path / "b.json"))
+    assert "note: pixels a side: 64 in the first, 224 in the second" in text
+    assert "note: items that could not be read: 1 in the first, 0 in the second" in text
+
+
+def test_a_result_without_precision_is_compared_but_for_its_map(photos: EvaluationResult, tmp_path: Path) -> None:
+    document = photos.to_json(resamples=10)
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    for side in ("text_to_image", "image_to_text"):
+        del document["queries"][side]["precision"]
+    (tmp_path / "b.json").write_text(json.dumps(document))
+    for pair in (("a.json", "b.json"), ("b.json", "a.json")):
+        figures = compare(*(tmp_path / name for name in pair)).directions["text_to_image"]
+        assert list(figures) == ["R@1", "R@5", "R@10", "MedR", "MeanR"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"ranks": None}, "ranks of .*b.json are damaged"),
+        ({"ranks": [1, 2]}, "a unit from 0 of every query"),
+        ({"ranks": [0] * 60}, "not a rank from 1"),
+        ({"precision": [0.5]}, "not a precision of every query"),
+        ({"units": list(range(60))}, "not about the same captions"),
+    ],
+)
+def test_a_damaged_result_is_refused(
+    damage: dict[str, object], message: str, photos: EvaluationResult, tmp_path: Path
+) -> None:
+    document = photos.to_json(resamples=10)
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    document["queries"]["text_to_image"] |= damage
+    (tmp_path / "b.json").write_text(json.dumps(document))
+    with pytest.raises(EvaluationError, match=message):
+        compare(tmp_path / "a.json", tmp_path / "b.json")
+
+
+@pytest.mark.parametrize("gone", ["protocol", "fingerprint", "decode_failures"])
+def test_a_part_of_a_result_is_refused(gone: str, photos: EvaluationResult, tmp_path: Path) -> None:
+    document = photos.to_json(resamples=10)
+    del document[gone]
+    (tmp_path / "part.json").write_text(json.dumps(document))
+    with pytest.raises(EvaluationError, match=f"part of a result: it has no {gone}"):
+        compare(tmp_path / "part.json", tmp_path / "part.json")
 
 
 def test_results_that_cannot_be_compared(photos: EvaluationResult, tmp_path: Path, tiny_model: RetrievalModel) -> None:
