@@ -5,11 +5,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cots.config import DataConfig, SourceConfig
 from cots.errors import SourceError, TrainingError
 from cots.model.caption_tokenizer import WordPieceTokenizer
-from pretrain.loader import Batch, StepSampler, epoch_order, open_source, steps_per_epoch, training_loader
+from pretrain.loader import (
+    Batch,
+    StepSampler,
+    TablePairs,
+    epoch_order,
+    open_source,
+    steps_per_epoch,
+    training_loader,
+)
 
 LENGTHS, WEIGHTS = (10, 7, 4), (1.0, 2.5, 0.5)
 
@@ -133,3 +142,16 @@ def test_nothing_but_bad_samples_ends_the_training(
     table.write_text("".join(rows))
     with pytest.raises(TrainingError, match="16 samples in a row could not be read"):
         batches(path=table)
+
+
+def test_a_table_with_a_row_for_each_caption_has_an_item_for_each_picture(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    rows = ["a.png,a dog", "b.png,a cat", "a.png,", 'a.png,"a brown dog, asleep"', "c.png,", "b.png,a cat"]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *rows]))
+    source = open_source(SourceConfig(path=str(tmp_path / "pairs.csv")))
+    assert isinstance(source, TablePairs)
+    assert [Path(source.name(index)).name for index in range(len(source))] == ["a.png", "b.png"]
+    captions = [source.read(index).captions for index in range(2)]
+    assert captions == [("a dog", "a brown dog, asleep"), ("a cat",)]
+    assert [(Path(error.path).name, error.reason) for error in source.left_out] == [("c.png", "it has no caption")]
