@@ -12,7 +12,7 @@ import io
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -196,7 +196,35 @@ def _is_candidate(path: str) -> bool:
 
 
 def samples_of(entry: Entry, on_error: OnError) -> Iterator[Sample]:
-    """The samples of one file; raises during iteration, as `iter_samples`."""
+    """The samples of one file; raises during iteration, as `iter_samples`.
+
+    All their texts are Unicode, as whoever stores them needs it: a file whose name is not, in which an old archive may
+    have left bytes of another code, is reported; in a caption half a character becomes "?".
+    """
+    for sample in _found_in(entry, on_error):
+        if not _is_unicode(sample.path):
+            name = sample.path.encode(errors="backslashreplace").decode()
+            on_error(MediaError(name, "its name is not in UTF-8; rename it"))
+        elif all(map(_is_unicode, (*sample.captions, sample.source, *sample.extra.values()))):
+            yield sample
+        else:
+            yield replace(
+                sample,
+                captions=tuple(map(_as_unicode, sample.captions)),
+                source=_as_unicode(sample.source),
+                extra={name: _as_unicode(value) for name, value in sample.extra.items()},
+            )
+
+
+def _is_unicode(text: str) -> bool:
+    return text.isascii() or _as_unicode(text) == text
+
+
+def _as_unicode(text: str) -> str:
+    return text.encode(errors="replace").decode()
+
+
+def _found_in(entry: Entry, on_error: OnError) -> Iterator[Sample]:
     extension = _extension(entry.path)
     if extension == "tar":
         yield from _from_shard(entry, on_error)

@@ -49,6 +49,21 @@ def test_a_build_embeds_everything_once(photos: Path, tmp_path: Path, tiny_model
     assert counts(build([photos], tmp_path / "gallery", tiny_model)) == {"unchanged": 15}
 
 
+def test_texts_that_are_not_unicode_stop_nothing(photos: Path, tmp_path: Path, tiny_model: RetrievalModel) -> None:
+    """A file with a name of another code, and half a character in a caption, which JSON can hold."""
+    shutil.copy(photos / "00.png", os.fsencode(photos) + b"/\xe9t\xe9.png")
+    rows = [{"path": "photos/01.png", "captions": ["a dog \ud83d"], "source": "\udc00", "licence": "x\ud800"}]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for _ in range(2):
+        report = build([tmp_path / "items.jsonl", photos], tmp_path / "gallery", tiny_model)
+        assert [error.reason for error in report.failed] == ["its name is not in UTF-8; rename it"]
+        assert report.failed[0].path.endswith("\\udce9t\\udce9.png")
+        assert report.items == 15
+    assert counts(report) == {"unchanged": 15, "failed": 1}
+    (row,) = open_gallery(tmp_path / "gallery").table.search().where("caption != ''").to_list()
+    assert (row["caption"], row["source"], row["licence"]) == ("a dog ?", "?", "x?")
+
+
 def test_an_unchanged_file_is_not_read(
     gallery: Gallery, photos: Path, tiny_model: RetrievalModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
