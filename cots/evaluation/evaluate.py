@@ -26,6 +26,7 @@ from cots.embed import Progress, embed
 from cots.errors import EvaluationError, MediaError
 from cots.evaluation.bootstrap import LEVEL, RESAMPLES, Interval, Queries, intervals
 from cots.evaluation.evaluation_set import EvaluationSet, read_evaluation_set
+from cots.evaluation.media_folder import some
 from cots.evaluation.metrics import Ranking, recall_sum, summary
 from cots.evaluation.normalisation import NORMALISATIONS, USES_THE_WHOLE_TEST_SET
 from cots.evaluation.scoring import Vectors, rank_directions
@@ -251,10 +252,10 @@ def _failures(
         elif item.sample.path not in found:
             failures[item.name] = reasons.get(item.sample.path, item.problem)
     if len(failures) > max_bad_share * len(test_set.items):
-        name, reason = list(failures.items())[-1]
+        named = some((f"{name}: {reason}" for name, reason in failures.items()), between="; ")
         raise EvaluationError(
             f"{len(failures)} of {len(test_set.items)} items of {test_set.protocol} cannot be read, more than "
-            f"{100 * max_bad_share:.3g}%; the last: {name}: {reason}."
+            f"{100 * max_bad_share:.3g}%: {named}."
         )
     return failures
 

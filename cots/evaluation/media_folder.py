@@ -73,11 +73,11 @@ def find_media(ids: Sequence[str], folder: str | Path, kind: Kind, what: str = "
     return FoundMedia(samples, problems, tuple(warnings))
 
 
-def some(names: Iterable[str]) -> str:
+def some(names: Iterable[str], between: str = ", ") -> str:
     """The first ten names and how many more there are."""
     names = list(names)
     rest = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + rest
+    return between.join(names[:NAMED]) + rest
 
 
 def _media_files(folder: Path, kind: Kind) -> list[Path]:

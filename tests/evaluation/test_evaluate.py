@@ -147,7 +147,7 @@ def test_too_many_unreadable_items_are_an_error(
 ) -> None:
     (tmp_path / "00.png").write_bytes(b"")
     file = _write(tmp_path / "pairs.jsonl", pictures)
-    with pytest.raises(EvaluationError, match=r"1 of 12 items .* more than 1%; the last: .*00\.png: the file is empty"):
+    with pytest.raises(EvaluationError, match=r"1 of 12 items .* more than 1%: .*00\.png: the file is empty"):
         evaluate(file, tiny_model)
     assert len(evaluate(file, tiny_model, max_bad_share=1 / 12).failures) == 1
 
