@@ -17,6 +17,7 @@ from cots.data.media_kind import Kind
 from cots.data.samples import Sample, iter_samples
 from cots.data.tables import TABLE_EXTENSIONS, read_table
 from cots.errors import EvaluationError, MediaError, SourceError
+from cots.evaluation.media_folder import copies_among, some
 
 NO_FILE = "there is no such file"
 
@@ -111,11 +112,34 @@ def read_evaluation_set(file: str | Path) -> EvaluationSet:
     silent = [item.name for item in items if not item.captions]
     if silent:
         raise EvaluationError(f"{len(silent)} items of {file} have no caption, the first is {silent[0]}.")
-    kinds = {sample.kind for sample in samples.values()}
-    if len(kinds) != 1:
-        found = "neither images nor videos that can be read" if not kinds else "images and videos; evaluate them apart"
-        raise EvaluationError(f"{file} holds {found}.")
-    return EvaluationSet(str(file), kinds.pop(), items)
+    return EvaluationSet(str(file), _kind(file, samples), items, warnings=_copies(items) if is_table else ())
+
+
+def _kind(file: Path, samples: dict[str, Sample]) -> Kind:
+    """What all items are; a mixture is an error that names those of the rarer kind."""
+    paths: dict[Kind, list[str]] = {}
+    for path, sample in samples.items():
+        paths.setdefault(sample.kind, []).append(path)
+    if not paths:
+        raise EvaluationError(f"{file} holds neither images nor videos that can be read.")
+    if len(paths) > 1:
+        rarer = min(paths, key=lambda kind: len(paths[kind]))
+        raise EvaluationError(
+            f"{file} holds images and videos; evaluate them apart. By content {len(paths[rarer])} "
+            f"of {len(samples)} are {rarer}s: {some(paths[rarer])}."
+        )
+    return next(iter(paths))
+
+
+def _copies(items: tuple[Item, ...]) -> tuple[str, ...]:
+    """A warning of files with the same bytes that are not relevant to each other's captions."""
+    labels = {item.name: item.label for item in items}
+    copies = copies_among({item.name: item.sample for item in items if item.sample})
+    apart = [names for names in copies if len({labels[name] for name in names}) > 1]
+    if not apart:
+        return ()
+    named = some(" = ".join(names) for names in apart)
+    return (f"{len(apart)} times one content stands under several paths, as each other's mistakes: {named}",)
 
 
 def _group(sample: Sample) -> str:

@@ -67,7 +67,7 @@ def find_media(ids: Sequence[str], folder: str | Path, kind: Kind, what: str = "
     if extra:
         named = some(str(path.relative_to(folder)) for path in extra)
         warnings.append(f"{len(extra)} {kind} files are no part of {what} and are left out: {named}")
-    if copies := _copies(samples):
+    if copies := copies_among(samples):
         named = some(" = ".join(names) for names in copies)
         warnings.append(f"{len(copies)} times {what} has one content under several ids (mislabelled?): {named}")
     return FoundMedia(samples, problems, tuple(warnings))
@@ -137,7 +137,7 @@ def _open(by_id: dict[str, list[Path]], kind: Kind, what: str) -> tuple[dict[str
     return samples, problems
 
 
-def _copies(samples: dict[str, Sample]) -> list[list[str]]:
+def copies_among(samples: dict[str, Sample]) -> list[list[str]]:
     """Ids whose files have the same bytes. Only files of one size, and of these only with equal ends, are read."""
     groups: dict[tuple[int, bytes, bytes], list[str]] = defaultdict(list)
     sizes: dict[int, list[str]] = defaultdict(list)

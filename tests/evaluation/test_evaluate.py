@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -226,6 +227,24 @@ def test_paths_with_dots_name_one_item(pictures: list[dict], tmp_path: Path, tin
     for row in pictures:
         row["image"] = "../" + row["image"]
     assert evaluate(_write(tmp_path / "lists" / "pairs.jsonl", pictures), tiny_model).failures == {}
+
+
+def test_one_content_under_two_paths_is_named_unless_a_group_says_so(pictures: list[dict], tmp_path: Path) -> None:
+    shutil.copy(tmp_path / pictures[2]["image"], tmp_path / "copy.png")
+    copy = {"image": "copy.png", "captions": ["another caption"]}
+    (warning,) = read_evaluation_set(_write(tmp_path / "pairs.jsonl", [*pictures, copy])).warnings
+    assert warning.startswith("1 times one content stands under several paths")
+    assert "copy.png" in warning
+    grouped = [*pictures[:2], pictures[2] | {"group": "g"}, *pictures[3:], copy | {"group": "g"}]
+    assert read_evaluation_set(_write(tmp_path / "grouped.jsonl", grouped)).warnings == ()
+
+
+def test_a_picture_among_videos_is_named(tmp_path: Path) -> None:
+    rows = [{"video": _clip(tmp_path / f"{n}.gif", n).name, "captions": [f"a {WORDS[n]}"]} for n in range(3)]
+    Image.new("RGB", (64, 64)).save(tmp_path / "still.mp4", "PNG")
+    rows.append({"video": "still.mp4", "captions": ["a square"]})
+    with pytest.raises(EvaluationError, match=r"images and videos; .*1 of 4 are images: .*still\.mp4"):
+        read_evaluation_set(_write(tmp_path / "clips.jsonl", rows))
 
 
 def test_a_caption_file_in_another_encoding_is_refused(
