@@ -65,6 +65,7 @@ def _evaluate(
     from cots.evaluation.tables import as_text
     from cots.model.pretrained import load_model
 
+    _prepare_outputs(json_file, report)
     chosen = None if is_file_name(protocol) else find_protocol(protocol)
     if chosen and data is None:
         raise typer.BadParameter(f"{protocol} is a protocol: give --data DIR, the folder with its captions and media")
@@ -92,6 +93,20 @@ def _evaluate(
     typer.echo(as_text(document))
     if page:
         typer.echo(f"report: {page}")
+
+
+def _prepare_outputs(json_file: Path | None, report: Path | None) -> None:
+    """Refuse before the evaluation what could not be written after it: that takes minutes."""
+    from cots.errors import EvaluationError
+
+    if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
+        reason = "it is a folder" if json_file.is_dir() else f"there is no folder {json_file.parent}"
+        raise EvaluationError(f"The result cannot be written to {json_file}: {reason}.")
+    if report is not None:
+        try:
+            report.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EvaluationError(f"The report cannot be written to {report}: {error.strerror}.") from error
 
 
 def _compare(first: Path, second: Path, json_file: Path | None) -> None:

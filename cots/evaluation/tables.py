@@ -68,9 +68,11 @@ def normalised_rows(document: dict[str, Any]) -> list[tuple[str, list[str]]]:
 def as_text(document: dict[str, Any]) -> str:
     """The table for a terminal."""
     low, high = document["intervals"]["RSum"]
+    lost = len(document["decode_failures"])
     return "\n".join(
         [
-            headline(document),
+            f"{document['protocol']}: {headline(document)}",
+            *([f"{lost} of them could not be read and count as never found"] if lost else []),
             *_aligned([("", list(FIGURES)), *result_rows(document)]),
             f"RSum {document['RSum']:.1f} [{low:.1f}, {high:.1f}]",
             f"in brackets: 95 % intervals, {document['intervals']['method']}",

@@ -55,6 +55,14 @@ def test_a_report_and_a_comparison(cots: Cots, media: Path, tiny_model_dir: Path
     assert document["RSum"] == {"value": 0.0, "interval": [0.0, 0.0], "p_value": 1.0}
 
 
+def test_what_could_not_be_written_is_refused_before_anything_is_read(cots: Cots, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    arguments = ("evaluate", tmp_path / "none.jsonl")
+    assert_one_sentence(cots(*arguments, "--json", tmp_path / "none" / "a.json"), "cannot be written.*no folder")
+    assert_one_sentence(cots(*arguments, "--json", tmp_path), "cannot be written.*it is a folder")
+    assert_one_sentence(cots(*arguments, "--report", tmp_path / "file"), "The report cannot be written to .*file: File")
+
+
 def test_a_list_of_another_length_is_refused(cots: Cots, msrvtt: Path, tiny_model_dir: Path) -> None:
     outcome = cots("evaluate", "msrvtt_1ka", "--data", msrvtt, "--model", tiny_model_dir)
     assert_one_sentence(outcome, f"{LIST} lists 12 videos, and msrvtt_1ka has 1,000: this is another list")

@@ -91,6 +91,8 @@ def test_the_tables_hold_every_figure(photos: EvaluationResult) -> None:
                 assert f"{value:.1f} [{low:.1f}, {high:.1f}]" in text
         assert f"RSum {document['RSum']:.1f}" in text
         assert "uses the whole test set" in text
+        assert document["protocol"] in text
+        assert "could not be read and count as never found" in text
 
 
 def test_the_list_of_protocols_marks_settings_and_recalled_figures() -> None:
