@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cots.errors import ConfigError
+
+_MOST_STEPS = 10  # between two looks for a signal
+_UNHEEDED = 5.0  # seconds that a signal may wait
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,14 @@ def process_group(device: str) -> Iterator[Ranks]:
 class StopRequest:
     """Notices SIGTERM: the step in flight is finished and all ranks stop after the same one.
 
-    Several ranks look every few steps only, for it takes them a meeting.
+    Several ranks look every few steps only, for it takes them a meeting; of slow steps at every one, for torchrun
+    kills what has not saved and ended half a minute after the signal.
     """
 
-    def __init__(self, ranks: Ranks, every: int = 10) -> None:
-        self._ranks, self._every = ranks, every
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._every, self._steps = 1, 0  # steps between two meetings, and since the last one
+        self._since = time.perf_counter()
         self._received = False
         self._before: Any = None
 
@@ -75,15 +82,20 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGTERM, self._before)
 
-    def requested(self, step: int) -> bool:
-        """Whether to stop after `step`; the same answer on every rank."""
+    def requested(self) -> bool:
+        """Whether to stop after the step just taken; the same answer on every rank."""
         if self._ranks.count == 1:
             return self._received
-        if step % self._every:
+        self._steps += 1
+        if self._steps < self._every:
             return False
-        flag = torch.tensor(float(self._received), device=self._ranks.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.item())
+        seconds = (time.perf_counter() - self._since) / self._steps
+        seen = torch.tensor([float(self._received), seconds], device=self._ranks.device)
+        dist.all_reduce(seen, dist.ReduceOp.MAX)
+        received, slowest = seen.tolist()
+        self._every = min(_MOST_STEPS, max(1, int(_UNHEEDED / max(slowest, 1e-6))))
+        self._steps, self._since = 0, time.perf_counter()
+        return bool(received)
 
     def _receive(self, *_: object) -> None:
         self._received = True

@@ -176,7 +176,7 @@ class TokenizerRun:
                 self._refuse_too_many_bad(squares.bad, self.samples_read)
                 self.telemetry.step(self.take_step(squares), waited)
                 self.step += 1
-                last, stopping = self.step == self.steps, stop.requested(self.step)
+                last, stopping = self.step == self.steps, stop.requested()
                 every = training.checkpoint_steps
                 saving = self._due(training.checkpoint_every) or last or stopping or (every and self.step % every == 0)
                 if saving or self.step % training.log_every == 0 or self.step % self.epoch_steps == 0:

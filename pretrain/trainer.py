@@ -173,7 +173,7 @@ class Run:
                 self.telemetry.step(scalars, waited, cost.flops(batch) if cost else 0.0)
                 self.step += 1
                 last = self.step == self.steps
-                stopping = stop.requested(self.step)
+                stopping = stop.requested()
                 steps = training.checkpoint_steps
                 saving = self._due(training.checkpoint_every) or last or stopping or (steps and self.step % steps == 0)
                 # a row before each checkpoint: a run that goes on from it begins the next row as one that was not

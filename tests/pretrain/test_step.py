@@ -219,6 +219,23 @@ def test_sigterm_saves_and_exits_0(make_config: MakeConfig) -> None:
     assert (Path(config.training.output) / "checkpoints" / f"step-{last:08d}.pt").exists()
 
 
+def test_sigterm_to_torchrun_saves_what_can_be_gone_on_from(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("two", training={"epochs": 2000})
+    run, command = Path(config.training.output), _command(config)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "said.txt").open("w") as said:
+        process = subprocess.Popen([*launcher, *command[1:]], cwd=ROOT, env=environment, stderr=said)
+    while not ((run / "log.jsonl").exists() and (run / "log.jsonl").read_text().count("\n") > 3):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    last = max(_losses(run))
+    assert f"Stopped at step {last}; go on with training.resume=true" in (tmp_path / "said.txt").read_text()
+    assert torch.load(run / "checkpoints" / f"step-{last:08d}.pt")["step"] == last
+
+
 def test_two_processes_with_every_level_take_the_steps_of_one(make_config: MakeConfig, every_level: dict) -> None:
     """Queues, filter and losses are those of the global batch. What is hidden is drawn by each rank for itself, so the
     token level is left out of the comparison."""
