@@ -73,6 +73,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 def _explain(kind: type[Settings], origin: str, problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "value_error":  # of several settings together: the message has the values that matter
+        return ": ".join(filter(None, (origin, where, f"{problem['ctx']['error']}.")))
     if problem["type"] != "extra_forbidden":
         return (
             f"{origin}: {where}: {problem['msg']} (got {problem['input']!r})."

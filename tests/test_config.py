@@ -79,7 +79,10 @@ def test_an_override_that_cannot_be_used(file: Path, override: str, sentence: st
         ("training: 3", r"training: .*\(got 3\)"),
         ("data: {train: a.tar}", r"data\.train: .*list.*\(got 'a\.tar'\)"),
         ("training: {precision: fp8}", r"training\.precision: .*'auto', 'bf16' or 'fp32' \(got 'fp8'\)"),
-        ("model: {text_tower: {max_length: 99, positions: 32}}", "max_length 99 exceeds the 32 positions"),
+        (
+            "model: {text_tower: {max_length: 99, positions: 32}}",
+            r"yaml: model\.text_tower: max_length 99 exceeds the 32 positions of the text tower\.$",
+        ),
         ("training: {epochs: x, seed: y}", r"training\.epochs.*training\.seed"),
     ],
 )
