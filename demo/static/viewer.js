@@ -157,6 +157,7 @@ function fillViewer(card) {
     ...row("Licence", about.licence),
     ...row("Path", about.path, true),
   );
+  viewer.querySelector(".details").scrollTop = 0;
   viewer.querySelector(".viewer-open").href = about.media;
   viewer.querySelector(".previous").disabled = !card.previousElementSibling;
   viewer.querySelector(".next").disabled = !card.nextElementSibling;
@@ -165,7 +166,7 @@ function fillViewer(card) {
 function openViewer(card) {
   fillViewer(card);
   viewer.showModal();
-  viewer.querySelector(".viewer-like").focus({ focusVisible: false });
+  viewer.querySelector(".viewer-like").focus({ focusVisible: false, preventScroll: true }); // below a long caption
 }
 
 function step(side) {

@@ -157,6 +157,17 @@ def test_more_like_this_from_a_card_and_from_the_viewer(page: Page) -> None:
         assert page.one(".token").is_displayed()
 
 
+def test_a_long_caption_is_read_from_its_beginning(page: Page) -> None:
+    page.open()
+    page.run("document.querySelector('.cots .card').dataset.caption = 'a long caption '.repeat(200)")
+    page.one(".card .tile").click()
+    assert page.run("const details = document.querySelector('.details'); return details.scrollHeight > innerHeight")
+    assert page.run("return document.querySelector('.details').scrollTop") == 0
+    page.run("document.querySelector('.details').scrollTop = 300; document.querySelector('.viewer .next').click()")
+    page.run("document.querySelector('.viewer .previous').click()")
+    assert page.run("return document.querySelector('.details').scrollTop") == 0
+
+
 def test_an_empty_search_is_answered_by_a_sentence(page: Page) -> None:
     page.open()
     page.search("   ")
