@@ -89,7 +89,8 @@ function address() {
 async function run({ remember = true, append = false } = {}) {
   const mine = ++turn;
   const shown = append ? grid.children.length : 0;
-  if (remember && !append) history.pushState(null, "", address());
+  const asItWas = !picture && new URL(address(), location.href).href === location.href;
+  if (remember && !append && !asItWas) history.pushState(null, "", address());
   page.dataset.busy = "";
   page.dataset.view = asked() ? "results" : "start";
   markRefined();

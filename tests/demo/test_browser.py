@@ -168,6 +168,16 @@ def test_a_long_caption_is_read_from_its_beginning(page: Page) -> None:
     assert page.run("return document.querySelector('.details').scrollTop") == 0
 
 
+def test_back_leaves_a_search_that_was_asked_twice(page: Page) -> None:
+    page.open()
+    page.search("a dog")
+    page.wait_for_results()
+    page.search("a dog")
+    page.wait_for_results()
+    page.driver.back()
+    page.wait("!location.search && !document.querySelector('.cots .score')")
+
+
 def test_an_empty_search_is_answered_by_a_sentence(page: Page) -> None:
     page.open()
     page.search("   ")
