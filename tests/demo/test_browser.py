@@ -178,6 +178,18 @@ def test_back_leaves_a_search_that_was_asked_twice(page: Page) -> None:
     page.wait("!location.search && !document.querySelector('.cots .score')")
 
 
+def test_a_long_name_of_a_source_stays_on_a_narrow_screen(page: Page) -> None:
+    page.open("?q=a+dog", 390, 844)
+    page.wait_for_results()
+    page.one(".refine").click()
+    edges = page.run(
+        "return [...document.querySelectorAll('.field :is(input, select)')].map((field) => {"
+        "const { left, right } = field.getBoundingClientRect(); return [left, right]; })"
+    )
+    assert len(edges) == 3
+    assert len({tuple(edge) for edge in edges}) == 1
+
+
 def test_an_empty_search_is_answered_by_a_sentence(page: Page) -> None:
     page.open()
     page.search("   ")
