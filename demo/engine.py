@@ -32,6 +32,7 @@ class Shelf:
         images, videos: number of items of each kind.
         sources: the names of the items' sources, sorted; empty names left out.
         order: (N,) positions in the snapshot, one an item, mixed so that every source and kind comes up early.
+        captioned: whether any item has a caption.
         order_sources: (N,) the source of each, for filters.
     """
 
@@ -41,6 +42,7 @@ class Shelf:
     videos: int
     sources: tuple[str, ...]
     order: np.ndarray
+    captioned: bool
     order_sources: np.ndarray
 
     @property
@@ -66,6 +68,7 @@ class Shelf:
             videos=int(videos.sum()),
             sources=tuple(sorted(name for name in encoded.dictionary.to_pylist() if name)),
             order=np.minimum(first + videos, behind - 1)[order],
+            captioned=bool(pc.any(pc.greater(pc.binary_length(snapshot.rows["caption"]), 0)).as_py()),
             order_sources=np.asarray(sources.to_numpy(), dtype=object)[order],
         )
 

@@ -159,6 +159,8 @@ def answer(engine: Engine, ask: Ask) -> dict[str, Any]:
         like = None if ask.like == "" else ask.like
         result = engine.search(ask.text, picture, ask.without, ask.kind, ask.source, like, ask.k + 1, ask.ranking)
         hits = result.hits[ask.skip :]
+    if ask.ranking != "vector" and not shelf.captioned:
+        raise CotsError("No item of this gallery has a caption; choose Refine, Find: What is shown.")
         timing = times(result, shelf)
     if not hits:
         raise CotsError(nothing_found(ask))
@@ -179,6 +181,7 @@ def nothing_found(ask: Ask) -> str:
     if ask.kind:
         return f"{kinds} in this gallery matches; choose another kind."
     return "Nothing in this gallery matches; ask for something else."
+        "captioned": shelf.captioned,
 
 
 def times(result: SearchResult, shelf: Shelf) -> str:
@@ -188,6 +191,8 @@ def times(result: SearchResult, shelf: Shelf) -> str:
     line = [f"<b>{shelf.items:,}</b> item{'s' * (shelf.items != 1)}"]
     line += [f"{name} <b>{duration}</b>" for name, duration in parts.items()]
     return _joined([*line, escape(PurePath(result.model).name)])
+    if ask.ranking == "text":
+        return "No caption in this gallery has these words; try others, or choose Refine, Find: What is shown."
 
 
 def sampling(model: str) -> str:

@@ -117,6 +117,7 @@ function show(reply, append) {
   introduction.textContent = reply.introduction;
   if (!append) timing.innerHTML = reply.timing;
   offerSources(reply.sources);
+  find(".modes").hidden = !reply.captioned && !mode.value;
   preparePlayback(grid);
   if (append) grid.children[first]?.querySelector(".tile").focus({ preventScroll: true });
   else if (page.dataset.view === "results") window.scrollTo({ top: 0 });

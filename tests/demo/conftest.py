@@ -6,6 +6,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -77,9 +78,9 @@ def engine(gallery: Path, tiny_model: RetrievalModel) -> Engine:
     return Engine(gallery, tiny_model)
 
 
-@pytest.fixture(scope="session")
-def address(engine: Engine) -> Iterator[str]:
-    """The application on a free port, for clients that need a real server."""
+@contextmanager
+def serving(engine: Engine) -> Iterator[str]:
+    """The application on a free port, for clients that need a real server; gives its address."""
     listener = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(build_app(engine), log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -90,3 +91,9 @@ def address(engine: Engine) -> Iterator[str]:
     server.should_exit = True
     thread.join(timeout=10)
     listener.close()
+
+
+@pytest.fixture(scope="session")
+def address(engine: Engine) -> Iterator[str]:
+    with serving(engine) as address:
+        yield address

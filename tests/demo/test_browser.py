@@ -13,6 +13,11 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
+from cots.model.retrieval_model import RetrievalModel
+from demo.engine import Engine
+from index.build import build
+from tests.demo.conftest import serving
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver on the path")
@@ -188,6 +193,20 @@ def test_a_long_name_of_a_source_stays_on_a_narrow_screen(page: Page) -> None:
     )
     assert len(edges) == 3
     assert len({tuple(edge) for edge in edges}) == 1
+
+
+def test_words_of_captions_are_offered_only_where_there_are_captions(
+    page: Page, media_folder: Path, tiny_model: RetrievalModel, tmp_path: Path
+) -> None:
+    page.open()
+    page.one(".refine").click()
+    assert page.one(".modes").is_displayed()
+    build([media_folder / "red.png"], tmp_path, tiny_model)
+    with serving(Engine(tmp_path, tiny_model)) as address:
+        bare = Page(page.driver, address)
+        bare.open()
+        bare.one(".refine").click()
+        assert not bare.one(".modes").is_displayed()
 
 
 def test_an_empty_search_is_answered_by_a_sentence(page: Page) -> None:

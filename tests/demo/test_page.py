@@ -175,6 +175,23 @@ def test_nothing_found_is_a_sentence(engine: Engine) -> None:
         answer(engine, Ask(text="a dog", kind="image", source="clips"))
 
 
+def test_words_that_no_caption_has_are_a_sentence(engine: Engine) -> None:
+    with pytest.raises(CotsError, match="No caption in this gallery has these words"):
+        answer(engine, Ask(text="zebra", mode="text"))
+
+
+@pytest.mark.parametrize("mode", ["text", "hybrid"])
+def test_a_gallery_without_captions_says_so_in_the_words_of_the_page(
+    media_folder: Path, tiny_model: RetrievalModel, engine: Engine, tmp_path: Path, mode: str
+) -> None:
+    build([media_folder / "red.png"], tmp_path, tiny_model)
+    bare = Engine(tmp_path, tiny_model)
+    assert not answer(bare, Ask(text="red"))["captioned"]
+    assert answer(engine, Ask(text="red"))["captioned"]
+    with pytest.raises(CotsError, match="No item of this gallery has a caption; choose Refine, Find"):
+        answer(bare, Ask(text="red", mode=mode))
+
+
 def test_an_empty_search_is_a_sentence(engine: Engine) -> None:
     with pytest.raises(CotsError, match="Type a few words"):
         engine.search("  ")
