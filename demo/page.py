@@ -89,8 +89,7 @@ def build_page(engine: Engine) -> gr.Blocks:
         except CotsError as error:
             return {"message": str(error)}
         except ValidationError as error:
-            first = error.errors()[0]
-            return {"message": f"The search was not understood: {first['loc'][0]}: {first['msg']}."}
+            return {"message": misunderstood(error)}
         except Exception:
             log.exception("The search %r failed", ask)
             return {"message": "The search failed; the terminal that runs cots demo says why."}
@@ -181,7 +180,13 @@ def nothing_found(ask: Ask) -> str:
     if ask.kind:
         return f"{kinds} in this gallery matches; choose another kind."
     return "Nothing in this gallery matches; ask for something else."
-        "captioned": shelf.captioned,
+
+
+def misunderstood(error: ValidationError) -> str:
+    first = error.errors()[0]
+    if first["type"] == "string_too_long":
+        return f"Ask with fewer words: a search takes {first['ctx']['max_length']:,} characters."
+    return f"The search was not understood: {first['loc'][0]}: {first['msg']}."
 
 
 def times(result: SearchResult, shelf: Shelf) -> str:

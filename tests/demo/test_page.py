@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
+from pydantic import ValidationError
 
 from cots.errors import CotsError, GalleryError, MediaError
 from cots.model.retrieval_model import RetrievalModel
@@ -15,7 +16,7 @@ from demo.app import build_app
 from demo.cards import cards, clock, short_path
 from demo.engine import Engine
 from demo.media import part_of
-from demo.page import Ask, answer
+from demo.page import Ask, answer, misunderstood
 from demo.thumbnails import TILE_SIDE, centre_cutout, has_plain_ground
 from index.build import build
 from index.search import Hit
@@ -190,6 +191,12 @@ def test_a_gallery_without_captions_says_so_in_the_words_of_the_page(
     assert answer(engine, Ask(text="red"))["captioned"]
     with pytest.raises(CotsError, match="No item of this gallery has a caption; choose Refine, Find"):
         answer(bare, Ask(text="red", mode=mode))
+
+
+def test_too_many_words_are_a_sentence() -> None:
+    with pytest.raises(ValidationError) as caught:
+        Ask(text="dog " * 300)
+    assert misunderstood(caught.value) == "Ask with fewer words: a search takes 1,000 characters."
 
 
 def test_an_empty_search_is_a_sentence(engine: Engine) -> None:
