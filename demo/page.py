@@ -1,6 +1,7 @@
 """The page as a Gradio app: one `gr.HTML` that holds it, and the same search as the API endpoint `/search`."""
 
 import logging
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path, PurePath
 from string import Template
@@ -11,6 +12,7 @@ from gradio_client.utils import is_http_url_like
 from pydantic import BaseModel, Field, ValidationError
 
 from cots.data.image_io import open_image
+from cots.embedded import EMBEDDED_GALLERY
 from cots.errors import CotsError
 from demo.cards import cards
 from demo.engine import PICTURE_SIDE, Engine, Shelf
@@ -19,6 +21,7 @@ from index.search import SearchResult
 STATIC = Path(__file__).parent / "static"
 STEP = 30
 MOST = 20 * STEP
+# Searches to begin with: of the gallery inside the package, and of anybody's folders.
 EXAMPLES = (
     "a castle by the water",
     "birds on the water",
@@ -26,6 +29,14 @@ EXAMPLES = (
     "a musical instrument",
     "a galaxy in space",
     "a wild animal in the grass",
+)
+EVERYDAY_EXAMPLES = (
+    "two dogs on a beach",
+    "people around a table",
+    "mountains in the snow",
+    "a child on a bicycle",
+    "a street at night",
+    "somebody making music",
 )
 # Linked from the head rather than given to Gradio as css: fonts are addressed relative to the stylesheet.
 HEAD = (
@@ -118,7 +129,7 @@ def build_page(engine: Engine) -> gr.Blocks:
 
     with gr.Blocks(analytics_enabled=False, title="COTS: image and video search", fill_width=True) as blocks:
         gr.HTML(
-            value=_markup(),
+            value=_markup(EXAMPLES if engine.gallery == EMBEDDED_GALLERY else EVERYDAY_EXAMPLES),
             apply_default_css=False,
             js_on_load="\n".join((STATIC / name).read_text(encoding="utf-8") for name in ("viewer.js", "page.js")),
             server_functions=[find],
@@ -148,6 +159,8 @@ def answer(engine: Engine, ask: Ask) -> dict[str, Any]:
         CotsError: a sentence for the visitor.
     """
     shelf = engine.shelf
+    if ask.ranking != "vector" and not shelf.captioned:
+        raise CotsError("No item of this gallery has a caption; choose Refine, Find: What is shown.")
     if not ask.searches:
         if ask.without.strip():
             raise CotsError("“Without” takes away from a search; type a few words, or drop in a picture, too.")
@@ -158,8 +171,6 @@ def answer(engine: Engine, ask: Ask) -> dict[str, Any]:
         like = None if ask.like == "" else ask.like
         result = engine.search(ask.text, picture, ask.without, ask.kind, ask.source, like, ask.k + 1, ask.ranking)
         hits = result.hits[ask.skip :]
-    if ask.ranking != "vector" and not shelf.captioned:
-        raise CotsError("No item of this gallery has a caption; choose Refine, Find: What is shown.")
         timing = times(result, shelf)
     if not hits:
         raise CotsError(nothing_found(ask))
@@ -170,6 +181,7 @@ def answer(engine: Engine, ask: Ask) -> dict[str, Any]:
         "more": len(hits) > wanted and ask.k < MOST,
         "introduction": f"{holdings(shelf)}, searched by what they show. Nothing leaves this machine.",
         "sources": list(shelf.sources),
+        "captioned": shelf.captioned,
     }
 
 
@@ -179,6 +191,8 @@ def nothing_found(ask: Ask) -> str:
         return f"{kinds} from {ask.source} matches; choose another kind or source."
     if ask.kind:
         return f"{kinds} in this gallery matches; choose another kind."
+    if ask.ranking == "text":
+        return "No caption in this gallery has these words; try others, or choose Refine, Find: What is shown."
     return "Nothing in this gallery matches; ask for something else."
 
 
@@ -196,8 +210,6 @@ def times(result: SearchResult, shelf: Shelf) -> str:
     line = [f"<b>{shelf.items:,}</b> item{'s' * (shelf.items != 1)}"]
     line += [f"{name} <b>{duration}</b>" for name, duration in parts.items()]
     return _joined([*line, escape(PurePath(result.model).name)])
-    if ask.ranking == "text":
-        return "No caption in this gallery has these words; try others, or choose Refine, Find: What is shown."
 
 
 def sampling(model: str) -> str:
@@ -211,9 +223,10 @@ def holdings(shelf: Shelf) -> str:
     return " and ".join(part for part, count in ((pictures, shelf.images), (videos, shelf.videos)) if count)
 
 
-def _markup() -> str:
-    examples = "".join(f'<li><button type="button">{escape(example)}</button></li>' for example in EXAMPLES)
-    return Template((STATIC / "page.html").read_text(encoding="utf-8")).substitute(examples=examples)
+def _markup(examples: Sequence[str]) -> str:
+    buttons = "".join(f'<li><button type="button">{escape(example)}</button></li>' for example in examples)
+    page = Template((STATIC / "page.html").read_text(encoding="utf-8"))
+    return page.substitute(examples=buttons, placeholder=escape(examples[0].capitalize()))
 
 
 def _joined(parts: list[str]) -> str:

@@ -15,6 +15,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from cots.model.retrieval_model import RetrievalModel
 from demo.engine import Engine
+from demo.page import EVERYDAY_EXAMPLES
 from index.build import build
 from tests.demo.conftest import serving
 
@@ -207,6 +208,7 @@ def test_words_of_captions_are_offered_only_where_there_are_captions(
         bare.open()
         bare.one(".refine").click()
         assert not bare.one(".modes").is_displayed()
+        assert bare.one(".examples button").text == EVERYDAY_EXAMPLES[0]
 
 
 def test_an_empty_search_is_answered_by_a_sentence(page: Page) -> None:
