@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
+import torch
 from PIL import Image
 
 from cots.data.image_io import open_image
@@ -31,8 +32,8 @@ class Shelf:
         mark: tells this version of this gallery from all others.
         images, videos: number of items of each kind.
         sources: the names of the items' sources, sorted; empty names left out.
-        order: (N,) positions in the snapshot, one an item, mixed so that every source and kind comes up early.
         captioned: whether any item has a caption.
+        order: (N,) positions in the snapshot, one an item, mixed so that every source and kind comes up early.
         order_sources: (N,) the source of each, for filters.
     """
 
@@ -41,8 +42,8 @@ class Shelf:
     images: int
     videos: int
     sources: tuple[str, ...]
-    order: np.ndarray
     captioned: bool
+    order: np.ndarray
     order_sources: np.ndarray
 
     @property
@@ -67,8 +68,8 @@ class Shelf:
             images=int((~videos).sum()),
             videos=int(videos.sum()),
             sources=tuple(sorted(name for name in encoded.dictionary.to_pylist() if name)),
-            order=np.minimum(first + videos, behind - 1)[order],
             captioned=bool(pc.any(pc.greater(pc.binary_length(snapshot.rows["caption"]), 0)).as_py()),
+            order=np.minimum(first + videos, behind - 1)[order],
             order_sources=np.asarray(sources.to_numpy(), dtype=object)[order],
         )
 
@@ -122,18 +123,21 @@ class Engine:
             return self._shelf
 
     def warm_up(self) -> None:
-        """Spend now what the first queries would wait for: the model's first run, and the loading of SQL filters.
+        """Spend now what the first queries would wait for: the model's first run on words and on a picture, and the
+        loading of SQL filters.
 
-        The filters take seconds to load, and do so in the background.
+        The last two take seconds each, and do so in the background.
         """
         with self._encoding:
             self.model.encode_texts(["a photo"])
 
-        def load_filters() -> None:
+        def load_the_rest() -> None:
+            side = self.model.image_size
+            self.model.encode_images(torch.zeros(1, 3, side, side, dtype=torch.uint8))  # unlocked: words go first
             with suppress(CotsError):  # whoever filters gets the sentence
                 self.shelf.searcher.gallery.ids("id < 0")
 
-        threading.Thread(target=load_filters, daemon=True).start()
+        threading.Thread(target=load_the_rest, daemon=True).start()
 
     def search(
         self,

@@ -2,10 +2,12 @@
 
 import io
 import re
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 from pydantic import ValidationError
@@ -197,6 +199,21 @@ def test_too_many_words_are_a_sentence() -> None:
     with pytest.raises(ValidationError) as caught:
         Ask(text="dog " * 300)
     assert misunderstood(caught.value) == "Ask with fewer words: a search takes 1,000 characters."
+
+
+def test_the_first_picture_finds_the_model_warm(
+    engine: Engine, tiny_model: RetrievalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded, encode = threading.Event(), tiny_model.encode_images
+
+    def encode_and_tell(pixels: torch.Tensor) -> torch.Tensor:
+        vectors = encode(pixels)
+        encoded.set()
+        return vectors
+
+    monkeypatch.setattr(tiny_model, "encode_images", encode_and_tell)
+    engine.warm_up()
+    assert encoded.wait(timeout=60)
 
 
 def test_an_empty_search_is_a_sentence(engine: Engine) -> None:
