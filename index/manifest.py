@@ -5,11 +5,14 @@ import os
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from cots.errors import GalleryError
+from index.checksum import checksum
 
 FORMAT = 1
 NAME = "manifest.json"
+CHECKSUM = "checksum"  # the key of a checksum of all other values
 _LATER = (
     "requested",
     "recall_target",
@@ -119,6 +122,11 @@ class Manifest:
             raise GalleryError(
                 f"The gallery {directory} has format {written}, newer than this version reads ({FORMAT}); upgrade cots."
             )
+        if values.pop(CHECKSUM, None) not in (None, _checksum(values)):  # format 1 need not have one
+            raise GalleryError(
+                f"{path} is damaged (its checksum is of other content); restore it, or, if you have changed it on "
+                "purpose, take the line of its checksum out."
+            )
         try:
             values = {field.name: values[field.name] for field in fields(cls) if field.name not in _LATER} | {
                 name: values[name] for name in _LATER if name in values
@@ -135,7 +143,8 @@ class Manifest:
         """Replace the manifest on disk: after a crash there is the old one or the new one."""
         scratch = directory / f".{NAME}.new"
         with scratch.open("w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=2)
+            values = asdict(self)
+            json.dump(values | {CHECKSUM: _checksum(values)}, file, indent=2)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
@@ -167,3 +176,7 @@ class Manifest:
 def _findable(model: str) -> str:
     """A model directory is named so that it is found from any working directory."""
     return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    return checksum(json.dumps(values, sort_keys=True).encode())

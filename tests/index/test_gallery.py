@@ -1,6 +1,7 @@
 """Opening and refusing galleries, paths that move with them, media behind a row."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,21 @@ def test_a_damaged_manifest_is_refused(gallery: Gallery, content: str) -> None:
     (gallery.directory / "manifest.json").write_text(content)
     with pytest.raises(GalleryError, match=r"manifest\.json"):
         open_gallery(gallery.directory)
+
+
+def test_a_flipped_bit_of_the_manifest_changes_nothing_or_is_noticed(gallery: Gallery) -> None:
+    path = gallery.directory / "manifest.json"
+    content = path.read_bytes()
+    noticed = 0
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << random.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            assert open_gallery(gallery.directory).manifest == gallery.manifest
+        except GalleryError:
+            noticed += 1
+    assert noticed > len(content) / 2
 
 
 def test_a_lost_table_is_noticed(gallery: Gallery) -> None:
