@@ -114,7 +114,12 @@ def _read_jsonl(table: Path, on_error: Callable[[MediaError], None]) -> Iterator
                 continue
             place = f"{table}, line {number}"
             try:
-                fields = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+                fields = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                on_error(
+                    MediaError(place, f"not UTF-8 (byte {error.object[error.start]:#04x}); save the table as UTF-8")
+                )
+                continue
             except ValueError as error:
                 on_error(MediaError(place, f"not JSON ({error})"))
                 continue

@@ -253,7 +253,10 @@ def test_a_caption_file_in_another_encoding_is_refused(
     file = tmp_path / "latin.jsonl"
     rows = "".join(json.dumps(row | {"captions": ["un garçon"]}, ensure_ascii=False) + "\n" for row in pictures)
     file.write_bytes(rows.encode("latin-1"))
-    with pytest.raises(EvaluationError, match=r"12 rows cannot be used, the first: .*latin\.jsonl, line 1"):
+    with pytest.raises(EvaluationError, match=r"12 rows cannot be used, the first: .*latin\.jsonl, line 1: not UTF-8"):
+        evaluate(file, tiny_model)
+    file.write_bytes(rows.encode("utf-16"))
+    with pytest.raises(EvaluationError, match=r"latin\.jsonl, line 1: not UTF-8 \(byte 0xff\)"):
         evaluate(file, tiny_model)
 
 
