@@ -3,6 +3,7 @@
 A file must be UTF-8. What is not as its format says is an error that names the file and the place.
 """
 
+import codecs
 import csv
 import io
 import json
@@ -64,14 +65,14 @@ def msrvtt_train(files: Files) -> Captions:
 def msvd(files: Files) -> Captions:
     """test_list.txt with raw-captions.pkl (lists of words by video) or AllVideoDescriptions.txt ("ID caption")."""
     listed, described = files
-    captions: Captions = {line.strip(): [] for line in _text(listed).splitlines() if line.strip()}
+    captions: Captions = {line.strip(): [] for line in _text(listed).split("\n") if line.strip()}
     if described.suffix == ".pkl":
         everything = _plain_pickle(described)
         with _format(described, "a pickled {video: [caption as a list of words]}"):
             return {
                 video: [" ".join(_as_text(word) for word in words) for words in everything[video]] for video in captions
             }
-    for line in _text(described).splitlines():
+    for line in _text(described).split("\n"):
         video, _, caption = line.strip().partition(" ")
         if video in captions and caption:
             captions[video].append(caption.strip())
@@ -93,7 +94,7 @@ def lsmdc(files: Files) -> Captions:
     """LSMDC16_challenge_1000_publictect.csv: clip, four times, and a sentence a line, between tabs."""
     (path,) = files
     captions: Captions = {}
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         columns = line.strip().split("\t")
         if columns == [""]:
             continue
@@ -134,9 +135,10 @@ def _text(path: Path) -> str:
         raise EvaluationError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
+        encoding = "utf-16" if error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
         raise EvaluationError(
             f"{path} is not UTF-8 (byte {byte:#04x} at position {error.start}); convert it, for example with "
-            f"`iconv -f latin1 -t utf-8`."
+            f"`iconv -f {encoding} -t utf-8`."
         ) from error
 
 

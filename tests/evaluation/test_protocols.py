@@ -13,6 +13,7 @@ import pytest
 from dataset_folders import karpathy, msrvtt_1ka, msvd, reduced, write_clip, write_picture
 
 from cots.errors import EvaluationError
+from cots.evaluation import annotations
 from cots.evaluation.evaluate import measure
 from cots.evaluation.protocols import PROTOCOLS, Protocol, open_protocol
 from cots.evaluation.references import REFERENCES, references
@@ -203,6 +204,9 @@ def test_an_annotation_file_in_another_encoding_or_format_is_refused(tmp_path: P
         EvaluationError, match=r"MSRVTT_JSFUSION_test\.csv is not UTF-8 \(byte 0xe7 at position \d+\); convert"
     ):
         open_protocol(protocol, tmp_path)
+    table.write_bytes(good.encode("utf-16"))
+    with pytest.raises(EvaluationError, match="iconv -f utf-16 -t utf-8"):
+        open_protocol(protocol, tmp_path)
     table.write_text(good.replace("video_id", "name"))
     with pytest.raises(EvaluationError, match="has no column video_id"):
         open_protocol(protocol, tmp_path)
@@ -218,6 +222,15 @@ def test_an_annotation_file_in_another_encoding_or_format_is_refused(tmp_path: P
     (tmp_path / "coco" / "dataset_coco.json").write_text('{"images": [')
     with pytest.raises(EvaluationError, match="is not JSON"):
         open_protocol(coco, tmp_path / "coco")
+
+
+def test_a_caption_with_a_separator_of_unicode_is_one_line(tmp_path: Path) -> None:
+    caption = "a dog\u2028runs\x85home"
+    (tmp_path / "lsmdc.csv").write_text(f"clip\t0\t1\t0\t1\t{caption}\r\n", encoding="utf-8", newline="")
+    assert annotations.lsmdc([tmp_path / "lsmdc.csv"]) == {"clip": [caption]}
+    (tmp_path / "list.txt").write_text("clip\r\n", newline="")
+    (tmp_path / "described.txt").write_text(f"clip {caption}\n", encoding="utf-8")
+    assert annotations.msvd([tmp_path / "list.txt", tmp_path / "described.txt"]) == {"clip": [caption]}
 
 
 def test_a_pickle_that_would_run_something_is_not_loaded(tmp_path: Path) -> None:
