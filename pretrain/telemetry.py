@@ -119,10 +119,13 @@ class Telemetry:
         if self.active:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def name_bad(self, bad: Sequence[tuple[str, str]]) -> None:
-        """A line for each sample that this rank could not read: name and reason. Every rank names its own."""
+    def name_bad(self, bad: Sequence[tuple[str, str]], *, alike: bool) -> None:
+        """A line for each sample that could not be read: name and reason.
+
+        Every rank names those that it met; if all ranks met them `alike`, the first does.
+        """
         for name, reason in bad:
-            if self.active:
+            if self.active or alike:
                 self.say(f"skipped {name}: {reason}")
             else:
                 print(f"skipped {name}: {reason}", file=sys.stderr, flush=True)

@@ -173,7 +173,7 @@ class TokenizerRun:
                 squares = next(steps)
                 waited = time.perf_counter() - asked
                 self.samples_read += len(squares.pixels)
-                self._refuse_too_many_bad(squares.bad, self.samples_read)
+                self._refuse_too_many_bad(squares.bad, self.samples_read, alike=False)
                 self.telemetry.step(self.take_step(squares), waited)
                 self.step += 1
                 last, stopping = self.step == self.steps, stop.requested()
@@ -204,7 +204,7 @@ class TokenizerRun:
         if decoded.left_out:
             count = len(decoded.left_out)
             self.telemetry.say(f"{count} {'clip is' if count == 1 else 'clips are'} left out: {decoded.left_out[0][1]}")
-        self._refuse_too_many_bad(decoded.bad, len(self.frames))
+        self._refuse_too_many_bad(decoded.bad, len(self.frames), alike=True)
         return squares_in_memory(decoded, sampler, seed, self.device)
 
     def take_step(self, squares: Squares) -> dict[str, Tensor]:
@@ -338,9 +338,9 @@ class TokenizerRun:
     def _due(self, epochs: int) -> bool:
         return epochs > 0 and self.step % (epochs * self.epoch_steps) == 0
 
-    def _refuse_too_many_bad(self, bad: list[Bad], read: int) -> None:
+    def _refuse_too_many_bad(self, bad: list[Bad], read: int, *, alike: bool) -> None:
         self.samples_bad += len(bad)
-        self.telemetry.name_bad(bad)
+        self.telemetry.name_bad(bad, alike=alike)
         if self.samples_bad > self.config.data.max_bad_share * max(read, 1000):
             raise TrainingError(
                 f"{self.samples_bad} of {read} samples could not be read, more than data.max_bad_share allows; the "

@@ -203,7 +203,7 @@ class Run:
         cache = PixelCache(self.sources, self.tokenizer, data, self.device)
         seconds, size_mib = time.perf_counter() - started, cache.pixels.nbytes / 2**20
         self.telemetry.say(f"{len(cache)} items decoded in {seconds:.0f} s into {size_mib:.0f} MiB")
-        self._refuse_too_many_bad(cache.bad, len(cache))
+        self._refuse_too_many_bad(cache.bad, len(cache), alike=True)
         return cached_batches(cache, data, sampler, size, self.config.training.seed)
 
     def _log(self) -> None:
@@ -278,7 +278,8 @@ class Run:
         refuse_other_training(path, state["config"], self.config.model_dump(mode="json"))
         self.stepper.restore(state)
         self.step, self.best = state["step"], state["best"]
-        self.samples_read, self.samples_bad = state["samples"]
+        if self.config.data.cache_side is None:  # else all are read anew, and counted
+            self.samples_read, self.samples_bad = state["samples"]
         restore_random_state(state["random"], self.ranks.rank, self.ranks.count)
 
     def _due(self, epochs: int) -> bool:
@@ -286,11 +287,11 @@ class Run:
 
     def _count_bad(self, batch: Batch) -> None:
         self.samples_read += len(batch.item_ids)
-        self._refuse_too_many_bad(batch.bad, self.samples_read)
+        self._refuse_too_many_bad(batch.bad, self.samples_read, alike=False)
 
-    def _refuse_too_many_bad(self, bad: list[tuple[str, str]], read: int) -> None:
+    def _refuse_too_many_bad(self, bad: list[tuple[str, str]], read: int, *, alike: bool) -> None:
         self.samples_bad += len(bad)
-        self.telemetry.name_bad(bad)
+        self.telemetry.name_bad(bad, alike=alike)
         allowed = self.config.data.max_bad_share * max(read, 1000)
         if self.samples_bad > allowed:
             raise TrainingError(

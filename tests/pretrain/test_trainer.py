@@ -161,12 +161,18 @@ def test_bad_samples_are_named_and_too_many_end_the_run(
         pretrain(config.model_copy(update={"training": config.training.model_copy(update={"epochs": 9})}))
 
 
-def test_every_rank_names_what_it_could_not_read(
-    make_config: MakeConfig, shape_shard: WriteShard, tmp_path: Path, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize("cache_side", [None, 64])
+def test_ranks_name_what_they_could_not_read_once(
+    make_config: MakeConfig,
+    shape_shard: WriteShard,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    cache_side: int | None,
 ) -> None:
     pictures = {f"broken{i}.png": b"no picture" for i in range(8)}
     captions = {f"broken{i}.json": b'{"captions": ["a red ball"]}' for i in range(8)}
-    data = {"train": [{"path": str(shape_shard(tmp_path / "pairs.tar", pictures | captions))}], "validation": []}
+    shard = shape_shard(tmp_path / "pairs.tar", pictures | captions)
+    data = {"train": [{"path": str(shard)}], "validation": [], "cache_side": cache_side}
     pretrain(make_config("one", data=data, training={"epochs": 1}))
     named = sorted(line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped"))
     assert {line.rpartition("::")[2][:7] for line in named} == {f"broken{i}" for i in range(8)}
@@ -189,6 +195,20 @@ def test_a_place_that_no_run_can_be_written_to_is_named(make_config: MakeConfig,
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingError, match=r"file/run cannot be written \(Not a directory\); make room or choose"):
         pretrain(make_config(training={"output": str(tmp_path / "file" / "run")}))
+
+
+def test_bad_samples_that_are_read_anew_on_resuming_are_not_counted_twice(
+    make_config: MakeConfig, shape_shard: WriteShard, tmp_path: Path
+) -> None:
+    pictures = {f"broken{i}.png": b"no picture" for i in range(8)}
+    captions = {f"broken{i}.json": b'{"captions": ["a red ball"]}' for i in range(8)}
+    shard = shape_shard(tmp_path / "pairs.tar", pictures | captions)
+    data = {"train": [{"path": str(shard)}], "validation": [], "cache_side": 64}  # 8 of 10 that may be bad
+    run = pretrain(make_config(data=data, training={"checkpoint_steps": 1, "keep_checkpoints": 9}))
+    max((run / "checkpoints").iterdir()).unlink()
+    losses = _losses(run)
+    pretrain(make_config(data=data, training={"checkpoint_steps": 1, "keep_checkpoints": 9, "resume": True}))
+    assert _losses(run) == losses
 
 
 def test_without_validation_pairs_the_last_model_is_kept(
