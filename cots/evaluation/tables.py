@@ -109,14 +109,22 @@ def as_markdown(document: dict[str, Any]) -> str:
 
 def list_protocols() -> str:
     """All protocols with what they need and what others reported, for a terminal."""
+    sources = list(dict.fromkeys(row.source for protocol in PROTOCOLS for row in references(protocol)))
     parts = ["An evaluation file (.jsonl, .csv, .parquet, .tar) needs no protocol: cots evaluate FILE"]
     for protocol in PROTOCOLS.values():
         lines = [f"{protocol.name}  {protocol.title}", *_needs(protocol)]
-        rows = [("", ["R@1", "R@5", "R@10", "reverse R@1", "setting"])] if references(protocol.name) else []
+        rows = [("", ["R@1", "R@5", "R@10", "reverse", "setting, source"])] if references(protocol.name) else []
         for row in references(protocol.name):
-            _, setting, *figures, source = _reference_cells(row)
-            rows.append((f"  {row.model}", [*figures, f"{setting}; {source}"]))
+            _, setting, *figures, _ = _reference_cells(row)
+            mark = f"[{sources.index(row.source) + 1}]{'' if row.checked else '*'}"
+            rows.append((f"  {row.model}", [*figures, f"{setting} {mark}"]))
         parts.append("\n".join([*lines, *_aligned(rows, last_left=True)]))
+    parts.append(
+        "What others reported: recall in percent, text to image or video; reverse: R@1 of the way back.\n"
+        "Compare within a setting: re-ranked means with dual softmax, or a cross-encoder over the first candidates.\n"
+        f"* {RECALLED}: do not quote it from here.\n"
+        + "\n".join(f"[{number}] {source}" for number, source in enumerate(sources, 1))
+    )
     return "\n\n".join(parts)
 
 

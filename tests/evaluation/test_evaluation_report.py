@@ -10,6 +10,7 @@ from cots.evaluation.comparison import compare
 from cots.evaluation.evaluate import EvaluationResult, evaluate, measure
 from cots.evaluation.examples import EXAMPLES, RETURNED, pick_examples
 from cots.evaluation.protocols import open_protocol
+from cots.evaluation.references import REFERENCES
 from cots.evaluation.report import write_report
 from cots.evaluation.tables import as_markdown, as_text, comparison_text, list_protocols
 from cots.model.retrieval_model import RetrievalModel
@@ -101,6 +102,12 @@ def test_the_list_of_protocols_marks_settings_and_recalled_figures() -> None:
         assert name in listed
     for model in ("COTS", "CLIP4Clip", "X-CLIP", "CLIP-ViP", "SigLIP 2", "PE core", "InternVideo2"):
         assert model in listed
+    for row in REFERENCES:
+        (number,) = re.findall(rf"^\[(\d+)\] {re.escape(row.source)}$", listed, re.MULTILINE)
+        mark = "" if row.checked else "*"
+        assert re.search(
+            rf"^  {re.escape(row.model)} .* {row.setting} \[{number}\]{re.escape(mark)}$", listed, re.MULTILINE
+        )
 
 
 def test_a_comparison_of_two_models(
