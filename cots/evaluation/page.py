@@ -137,9 +137,9 @@ def _rank(example: Example) -> str:
 def _picture(item: int, pictures: Pictures, caption: str = "", hit: bool = False, alt: str = "") -> str:
     source = pictures.get(item)
     inside = (
-        f'<img class="picture" src="{source}" alt="{escape(alt)}">'
+        f'<img class="picture" src="{source}" alt="{escape(alt)}" title="{escape(alt)}">'
         if source
-        else '<span class="picture none">no picture</span>'
+        else f'<span class="picture none" title="{escape(alt)}">no picture</span>'
     )
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     mark = ' class="hit"' if hit else ""

@@ -75,6 +75,7 @@ def test_published_rows_stand_beside_a_protocols_result(tmp_path: Path, tiny_mod
     document = result.to_json(resamples=50)
     page = write_report(result, document, tmp_path / "report").read_text()
     markdown = (tmp_path / "report" / "report.md").read_text()
+    assert 'title="video7020"' in page  # which file a picture is of
     for text in (page, markdown):
         assert "MSR-VTT, 1k-A" in text
         assert "12 frames each" in text
