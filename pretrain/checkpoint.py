@@ -37,7 +37,7 @@ _FREE_ON_RESUMING: dict[str, set[str]] = {
 
 
 def save_checkpoint(run: Path, state: dict[str, Any], step: int, keep: int) -> Path:
-    """Write checkpoints/step-N.pt through a temporary file and remove all but the last `keep`."""
+    """Write checkpoints/step-N.pt through a temporary file and remove all but the last `keep`, and broken-off ones."""
     directory = run / "checkpoints"
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"step-{step:08d}.pt"
@@ -53,7 +53,8 @@ def save_checkpoint(run: Path, state: dict[str, Any], step: int, keep: int) -> P
         raise TrainingError(
             f"The checkpoint {path} cannot be written ({_reason(error)}); the earlier ones are intact."
         ) from error
-    for old in sorted(directory.glob(_PATTERN))[:-keep]:
+    killed = directory.glob("step-*.tmp")  # what a run was writing when it was
+    for old in [*sorted(directory.glob(_PATTERN))[:-keep], *killed]:
         old.unlink()
     return path
 

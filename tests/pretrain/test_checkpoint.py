@@ -17,6 +17,8 @@ def test_the_last_few_are_kept_and_the_newest_is_found(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
     for step in (9, 10, 100, 1000):
         save_checkpoint(tmp_path, {"step": step}, step, keep=2)
+        (tmp_path / "checkpoints" / "step-00000011.tmp").write_bytes(b"what a killed run leaves")
+    save_checkpoint(tmp_path, {"step": 1000}, 1000, keep=2)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000100.pt", "step-00001000.pt"]
     newest = latest_checkpoint(tmp_path)
