@@ -115,7 +115,15 @@ function showStill(card) {
   still.alt = card.dataset.caption;
   still.src = card.dataset.large;
   still.onload = () => limit(still, still.naturalWidth, still.naturalHeight);
+  still.onerror = () => card === onView && showLoss();
   stage.replaceChildren(still);
+}
+
+function showLoss() {
+  const sentence = document.createElement("p");
+  sentence.textContent = "This file is no longer there.";
+  stage.replaceChildren(sentence);
+  viewer.querySelector(".viewer-open").hidden = true;
 }
 
 function showClip(card) {
@@ -145,6 +153,7 @@ function row(name, value, copies) {
 
 function fillViewer(card) {
   onView = card;
+  viewer.querySelector(".viewer-open").hidden = false;
   const about = card.dataset;
   if (about.player) showClip(card);
   else showStill(card);

@@ -174,6 +174,32 @@ def test_a_long_caption_is_read_from_its_beginning(page: Page) -> None:
     assert page.run("return document.querySelector('.details').scrollTop") == 0
 
 
+def test_a_file_that_is_gone_is_said_to_be_readably(
+    page: Page, media_folder: Path, tiny_model: RetrievalModel, tmp_path: Path
+) -> None:
+    lost = tmp_path / "lost.png"
+    shutil.copy(media_folder / "red.png", lost)
+    build([lost, media_folder / "blue.png"], tmp_path / "gallery", tiny_model)
+    lost.unlink()
+    with serving(Engine(tmp_path / "gallery", tiny_model)) as address:
+        bare = Page(page.driver, address)
+        bare.open(dark=True)
+        bare.wait("document.querySelector('.tile.gone')")
+        ink, paper = bare.run(
+            "const tile = document.querySelector('.tile.gone');"
+            "return [getComputedStyle(tile, '::before').color, getComputedStyle(tile).backgroundColor]"
+            ".map((colour) => colour.match(/\\d+/g).map(Number))"
+        )
+        assert sum(paper) - sum(ink) > 300
+        bare.one(".tile.gone").click()
+        bare.wait("document.querySelector('.stage p')")
+        assert bare.one(".stage p").text == "This file is no longer there."
+        assert not bare.one(".viewer-open").is_displayed()
+        bare.run("document.querySelector('.viewer :is(.next, .previous):not(:disabled)').click()")
+        bare.wait("document.querySelector('.stage img')?.naturalWidth")
+        assert bare.one(".viewer-open").is_displayed()
+
+
 def test_back_leaves_a_search_that_was_asked_twice(page: Page) -> None:
     page.open()
     page.search("a dog")
