@@ -45,8 +45,9 @@ def compact(gallery_dir: str | Path) -> CompactReport:
         gallery = open_gallery(directory)
         gallery.require_own_table()
         before, fragments = _size(gallery), _fragments(gallery)
+        optimize(gallery, cleanup_older_than=NONE_KEPT)  # first, because what it frees may be the room for the index
         index_captions(gallery, anew=True)
-        gallery.table.optimize(cleanup_older_than=NONE_KEPT)
+        optimize(gallery, cleanup_older_than=NONE_KEPT)
         remove_scratch(directory / FOLDER)
         compacted = open_gallery(directory)
         assert len(compacted.snapshot) == compacted.table.count_rows()
