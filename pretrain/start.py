@@ -25,6 +25,8 @@ _TEMPORAL = "image_temporal."
 # the embeddings of positions in a timm network, in open_clip's and in the blocks of a hybrid
 _POSITIONS = ("pos_embed", "positional_embedding", "position")
 
+_FETCH = "`python -m pretrain.initial_weights` fetches it"
+
 
 def starting_tokenizer(config: PretrainConfig) -> CaptionTokenizer:
     """The configured tokenizer, that of the text tower's architecture, or that of the model to start from."""
@@ -34,6 +36,8 @@ def starting_tokenizer(config: PretrainConfig) -> CaptionTokenizer:
 
         return ClipTokenizer.create(text.max_length)
     if text.tokenizer:
+        if not Path(text.tokenizer).exists() and _is_fetched(text.tokenizer):
+            raise ConfigError(f"The tokenizer {text.tokenizer} does not exist; {_FETCH}.")
         return WordPieceTokenizer.from_file(text.tokenizer, text.max_length)
     if config.start.model and not config.start.model.startswith(OPEN_CLIP):
         return saved_tokenizer(model_directory(config.start.model) / "tokenizer.json", text)
@@ -145,4 +149,10 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return {name: torch.as_tensor(value) for name, value in load_file(path).items()}
     except Exception as error:  # OSError and safetensors' own
-        raise ModelError(f"The weights {path} cannot be read: {error}.") from error
+        hint = f"; {_FETCH}" if not path.exists() and _is_fetched(path) else ""
+        raise ModelError(f"The weights {path} cannot be read: {error}{hint}.") from error
+
+
+def _is_fetched(path: str | Path) -> bool:
+    """Whether a file lies where `pretrain.initial_weights` puts what the configurations begin with."""
+    return Path(path).parts[:2] == ("runs", "initial")

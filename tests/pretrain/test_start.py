@@ -161,3 +161,18 @@ def test_too_many_word_pieces_are_refused(make_config: MakeConfig) -> None:
 def test_a_training_needs_a_tokenizer(make_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match=r"model\.text_tower\.tokenizer is not set"):
         _start(make_config(model=_changed(make_config(), "text_tower", tokenizer="")))
+
+
+def test_what_has_to_be_fetched_first_is_said_with_the_command(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = make_config().model.model_dump()
+    command = r"`python -m pretrain\.initial_weights` fetches it\.$"
+    start = {"image_tower": "runs/initial/tower.safetensors"}
+    config = make_config(start=start)
+    with pytest.raises(ModelError, match=rf"tower\.safetensors cannot be read: .*{command}"):
+        starting_encoder(config, starting_tokenizer(config))
+    model["text_tower"]["tokenizer"] = "runs/initial/minilm/vocab.txt"
+    with pytest.raises(ConfigError, match=rf"vocab\.txt does not exist; {command}"):
+        starting_tokenizer(make_config(model=model))
