@@ -85,7 +85,12 @@ def _explain(kind: type[Settings], origin: str, problem: Any) -> str:
     nearest = difflib.get_close_matches(where, known, n=1, cutoff=0.0)
     siblings = [name for name in known if name.rpartition(".")[0] == where.rpartition(".")[0]]
     nearest = difflib.get_close_matches(where, siblings, n=1, cutoff=0.6) or nearest
+    nearest = [name for name in siblings if _initials(name) == where.rpartition(".")[2]] or nearest  # lr
     return f"{origin}: there is no setting {where!r}; did you mean {nearest[0]!r}?"
+
+
+def _initials(name: str) -> str:
+    return "".join(word[:1] for word in name.rpartition(".")[2].split("_"))
 
 
 def _paths(kind: type[Settings], parents: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -29,6 +29,7 @@ def test_what_is_not_given_has_its_default(file: Path) -> None:
         ("model: {image_tower: {pool: cls}}", "model.image_tower.pool", "model.image_tower.pooling"),
         ("data: {train: [{pth: a.tar, path: a.tar}]}", "data.train.0.pth", "data.train.path"),
         ("epochs: 1", "epochs", "training.epochs"),
+        ("optimizer: {lr: 1}", "optimizer.lr", "optimizer.learning_rate"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(file: Path, text: str, unknown: str, nearest: str) -> None:
