@@ -90,6 +90,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen(128)
     except OSError as error:
         listener.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise CotsError(f"{host} is not an address of this machine; try --host 127.0.0.1.") from error
         reason = (
             "is in use"
             if error.errno == errno.EADDRINUSE

@@ -98,7 +98,7 @@ def test_a_port_in_use_is_a_sentence_that_names_it() -> None:
 
 
 def test_a_host_of_another_machine_is_a_sentence() -> None:
-    with pytest.raises(CotsError, match=r"192\.0\.2\.1"):
+    with pytest.raises(CotsError, match=r"192\.0\.2\.1 is not an address of this machine; try --host 127\.0\.0\.1\.$"):
         listen("192.0.2.1", 0)
 
 
