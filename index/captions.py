@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 COLUMN = "caption"
 UNINDEXED_SHARE = 0.1
+MOST_ROWS = 2**31 - 1  # that LanceDB can be asked for
 # The usual 60 is for lists of thousands. On 1,000 photographs with one caption each, 88.8 % of other captions find
 # theirs among the first ten with 5, 81.8 % with 60 and 79.8 % by vectors alone (benchmarks/search_fusion.py).
 RRF_CONSTANT = 5.0
@@ -86,8 +87,11 @@ def find_captions(gallery: "Gallery", text: str, limit: int) -> tuple[np.ndarray
         GalleryError: the captions have no index yet, or it is damaged.
     """
 
+    words = text.replace('"', " ")  # a text in quotes would be a phrase, which the index cannot find
+
     def search(table: Any) -> pa.Table:
-        return table.search(text, query_type="fts").select(["id", "_score"]).limit(limit).to_arrow()
+        found = table.search(words, query_type="fts").select(["id", "_score"])
+        return found.limit(min(limit, MOST_ROWS)).to_arrow()
 
     if gallery.read_latest(lambda table: caption_index(gallery)) is None:
         if not gallery.read_latest(lambda table: table.count_rows(f"{COLUMN} != ''")):

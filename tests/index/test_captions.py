@@ -50,9 +50,12 @@ def test_words_are_found_in_any_form_and_number(searcher: Searcher) -> None:
     assert found(searcher, "a truck of red")[0] == "a.png"
     assert found(searcher, "bicycle") == []
     assert len(found(searcher, "red", k=2)) == 2
+    assert len(found(searcher, "red", k=10**12)) == 3
 
 
-@pytest.mark.parametrize("text", ["the", "!!!", "'; DROP TABLE vectors; --", '"red', "red*", "中文", "red AND (", "\\"])
+@pytest.mark.parametrize(
+    "text", ["the", "!!!", "'; DROP TABLE vectors; --", '"', '"red"', '"red', "red*", "中文", "red AND (", "\\"]
+)
 def test_punctuation_and_strange_words_have_no_meaning(searcher: Searcher, text: str) -> None:
     expected = {"a.png", "c.png", "d.gif"} if "red" in text else set()
     assert set(found(searcher, text)) == expected
