@@ -26,7 +26,7 @@ from cots.data.shards import MEMBER_SEPARATOR, read_media
 from cots.errors import GalleryError
 from index.lock import LOCK, writing
 from index.manifest import Manifest
-from index.place import OWNER, TABLE, TablePlace, folder_mark, identity_of, meaning, owner_of
+from index.place import OWNER, TABLE, TablePlace, folder_mark, identity_of, owner_of, plain
 from index.snapshot import COLUMNS, Snapshot, load_snapshot
 
 if TYPE_CHECKING:
@@ -368,5 +368,5 @@ def adopt_table(directory: str | Path) -> str:
 def bad_filter(where: str, error: Exception, columns: list[str]) -> GalleryError:
     text = " ".join(str(error).split())
     parsed = re.search(r"sql parser error: (.*)\)$", text)
-    reason = parsed[1] if parsed else meaning(text)
+    reason = parsed[1] if parsed else plain(text)[:200]
     return GalleryError(f"The filter {where!r} cannot be used ({reason}); the columns are: {', '.join(columns)}.")

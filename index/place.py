@@ -222,6 +222,13 @@ def meaning(text: str) -> str:
             return words
     if re.search(OUTAGE, text):
         return "it cannot be reached"
+    return plain(text)[-200:]
+
+
+def plain(text: str) -> str:
+    """An error of LanceDB's without its kind, the places in its source, and what an address may hold."""
     text = re.sub(r"\?\S+", "", text)  # of an address, where Azure takes a signature
-    text = re.sub(r"^.*LanceError\(\w+\): |^lance error: |,? ?\S+\.rs(:\d+)+", "", " ".join(text.split()))
-    return " ".join(text.split())[-200:].rstrip(".")
+    text = re.sub(
+        r"^.*LanceError\(\w+\): |^lance error: |^Invalid input, |,? ?\S+\.rs(:\d+)+", "", " ".join(text.split())
+    )
+    return " ".join(text.split()).rstrip(".")
