@@ -46,8 +46,8 @@ def search(
     for hit in result.hits:
         moment = f"  {clock(hit.start)}-{clock(hit.end)}" if hit.start is not None and hit.end is not None else ""
         typer.echo(f"{hit.rank:3d}  {hit.score:.3f}  {hit.path}{moment}")
-        if hit.caption:
-            typer.echo(f"            {hit.caption}")
+        for sentence in hit.caption.splitlines():
+            typer.echo(f"            {sentence}")
     if not result.hits:
         typer.echo("Nothing in the gallery meets these conditions.", err=True)
     took = result.took_ms

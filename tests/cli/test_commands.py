@@ -198,6 +198,8 @@ def test_search_for_a_person(cots: Cots, gallery: Path) -> None:
     assert "clip.mp4  0:0" in outcome.out
     assert "many squares" in outcome.out
     assert "encode" in outcome.err
+    pictures = cots("search", "red", "--gallery", gallery, "--kind", "image", "--mode", "text")
+    assert pictures.out.splitlines()[1:] == [" " * 12 + "a red square", " " * 12 + "red"]
     nothing = cots("search", "dog", "--gallery", gallery, "--where", "source = 'nonesuch'")
     assert (nothing.code, nothing.out) == (0, "")
     assert "Nothing in the gallery" in nothing.err
