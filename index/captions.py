@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from cots.errors import GalleryError
-from index.place import meaning
+from index.place import is_of_a_disk, meaning
 
 if TYPE_CHECKING:
     from index.gallery import Gallery
@@ -106,11 +106,11 @@ def find_captions(gallery: "Gallery", text: str, limit: int) -> tuple[np.ndarray
     try:
         found = gallery.read_latest(search)
     except (GalleryError, RuntimeError, ValueError) as error:
-        if gallery.place.folder is None:
+        cause = error.__cause__ if isinstance(error, GalleryError) else error
+        if gallery.place.folder is None or is_of_a_disk(cause):
             raise
-        reason = meaning(str(error.__cause__ if isinstance(error, GalleryError) else error))
         raise GalleryError(
-            f"The captions of the gallery {gallery.directory} cannot be searched ({reason}); "
+            f"The captions of the gallery {gallery.directory} cannot be searched ({meaning(str(cause))}); "
             f"make their index again with: cots index compact --gallery {gallery.directory}"
         ) from error
     ids, scores = found["id"].to_numpy(), found["_score"].to_numpy()

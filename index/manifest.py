@@ -103,18 +103,17 @@ class Manifest:
             GalleryError: there is none, it is damaged, or a newer version of COTS wrote it.
         """
         path = directory / NAME
-        if not directory.is_dir():
-            raise GalleryError(
-                f"There is no gallery at {directory}; make one with: cots index build SOURCE --gallery {directory}"
-            )
-        if not path.is_file():
-            raise GalleryError(
-                f"{directory} is not a gallery (it has no {NAME}); make one with: cots index build SOURCE --gallery DIR"
-            )
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            content = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise _no_gallery(directory) from error
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise GalleryError(f"The gallery {directory} cannot be read ({NAME}: {reason}); mend that.") from error
+        try:
+            values = json.loads(content)
             written = int(values["format"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise GalleryError(
                 f"{path} is damaged ({error}); restore it, or build the gallery again in a new directory."
             ) from error
@@ -171,6 +170,16 @@ class Manifest:
             f"The gallery {directory} was built by the model {ours}, not by {theirs}; "
             f"use --model {self.model}, or build another gallery: cots index build SOURCE --gallery NEW --model {model}"
         )
+
+
+def _no_gallery(directory: Path) -> GalleryError:
+    if not directory.is_dir():
+        return GalleryError(
+            f"There is no gallery at {directory}; make one with: cots index build SOURCE --gallery {directory}"
+        )
+    return GalleryError(
+        f"{directory} is not a gallery (it has no {NAME}); make one with: cots index build SOURCE --gallery DIR"
+    )
 
 
 def _findable(model: str) -> str:

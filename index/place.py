@@ -149,9 +149,8 @@ class TablePlace:
 
     def fault(self, error: Exception) -> GalleryError | None:
         """A fault of the disk, of the table's files or of the store as a sentence; None for any other error."""
-        number = _number_of(error)
-        if number in OF_A_DISK:
-            reason = os.strerror(number).lower()
+        if is_of_a_disk(error):
+            reason = os.strerror(_number_of(error)).lower()
         elif self.folder is None:
             if not is_store_fault(error):
                 return None
@@ -184,11 +183,16 @@ def is_store_fault(error: BaseException | None) -> bool:
     return bool(re.search(OF_A_STORE, str(error)))
 
 
-def _number_of(error: Exception) -> int:
+def is_of_a_disk(error: BaseException | None) -> bool:
+    """Whether an error says what a disk refuses: to write, to read, for want of room or of permission."""
+    return _number_of(error) in OF_A_DISK
+
+
+def _number_of(error: BaseException | None) -> int:
     """The system's number of what a disk refuses, which LanceDB has in its text; 0 for other errors."""
     if isinstance(error, OSError) and error.errno:
         return error.errno
-    told = re.search(r"os error (\d+)", str(error))
+    told = re.search(r"\b(?:os error|errno) (\d+)", str(error))
     return int(told[1]) if told else 0
 
 

@@ -154,6 +154,26 @@ def test_a_read_only_gallery_is_searched_but_not_changed(captioned: Gallery) -> 
     assert "is damaged); every vector is compared, because it cannot be made again just now" in done.stderr
 
 
+@pytest.mark.parametrize("forbidden", [".", "manifest.json", "vectors.lance/_versions"])
+def test_a_gallery_that_may_not_be_read_is_a_sentence(captioned: Gallery, forbidden: str) -> None:
+    """As another user, since root may read anything."""
+    for folder in captioned.directory.parents:
+        if "pytest" in str(folder):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    (captioned.directory / forbidden).chmod(0)
+    script = (
+        "import os, sys, lancedb\n"
+        "from cots.errors import GalleryError\n"
+        "from index.check import check\n"
+        "if os.getuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "try: check(sys.argv[1])\n"
+        "except GalleryError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(captioned.directory)], capture_output=True, text=True)
+    (captioned.directory / forbidden).chmod(0o755)
+    assert "permission denied)" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("damage", ["cut off", "empty", "gone"])
 @pytest.mark.parametrize("folder", ["data", "_versions"])
 def test_a_damaged_table_is_a_sentence(
