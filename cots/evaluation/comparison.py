@@ -86,6 +86,8 @@ def _queries(side: dict[str, Any]) -> Queries:
     precision = np.array(side["precision"], dtype=np.float64) if "precision" in side else None
     if ranks.ndim != 1 or not len(ranks) or ranks.min() < 1 or units.shape != ranks.shape or units.min() < 0:
         raise ValueError("not a rank from 1 and a unit from 0 of every query")
+    if len(np.unique(units)) <= units.max():
+        raise ValueError("a unit without a query")
     if precision is not None and precision.shape != ranks.shape:
         raise ValueError("not a precision of every query")
     return Queries(ranks, units, precision)

@@ -162,6 +162,7 @@ def test_a_result_without_precision_is_compared_but_for_its_map(photos: Evaluati
         ({"ranks": [1, 2]}, "a unit from 0 of every query"),
         ({"ranks": [0] * 60}, "not a rank from 1"),
         ({"precision": [0.5]}, "not a precision of every query"),
+        ({"units": [7] * 60}, "a unit without a query"),
         ({"units": list(range(60))}, "not about the same captions"),
     ],
 )
