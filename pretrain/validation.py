@@ -1,5 +1,6 @@
 """Recall on the validation pairs, during training."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,8 +149,9 @@ def _pool(encoder: DualEncoder, frames: Tensor, counts: Tensor) -> Tensor:
 
 
 def refuse_test_split(path: str) -> None:
-    """Raise ConfigError if a validation source is named like a test split."""
-    if "test" in Path(path).name.lower():
+    """Raise ConfigError if a validation source, or the folder that it lies in, is named like a test split."""
+    named = re.search(r"(?<!la)(?<!con)(?<!fas)test", Path(path).name.lower())  # "latest.jsonl" is none
+    if named or Path(path).parent.name.lower() in ("test", "test_split", "testset"):
         raise ConfigError(f"{path} is named like a test split; checkpoints are chosen on validation pairs only.")
 
 

@@ -134,6 +134,8 @@ def _write(path: Path, members: dict[str, bytes]) -> Path:
         ({"data": {"train": [{"path": "nonesuch-*.tar"}]}}, "Nothing matches nonesuch-"),
         ({"data": {"train": []}}, r"data.train names no source"),
         ({"data": {"validation": [{"path": "flickr-test.tar"}]}}, "named like a test split"),
+        ({"data": {"validation": [{"path": "flickr/test/pairs.tar"}]}}, "named like a test split"),
+        ({"data": {"validation": [{"path": "latest.tar"}]}}, "latest.tar"),
     ],
 )
 def test_what_would_stop_the_run_is_found_before(make_config: MakeConfig, sections: dict, words: str) -> None:
