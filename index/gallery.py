@@ -14,6 +14,7 @@ import mimetypes
 import os
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +25,7 @@ import pyarrow as pa
 
 from cots.data.shards import MEMBER_SEPARATOR, read_media
 from cots.errors import GalleryError
+from index.checksum import checksum
 from index.lock import LOCK, writing
 from index.manifest import Manifest
 from index.place import OWNER, TABLE, TablePlace, folder_mark, identity_of, owner_of, plain
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from index.search import Searcher, SearchResult
 
 READ_ROWS = 65_536  # at a time; of LanceDB's own 1,024, a million rows take half a second to pass through Python
+VERSIONS = "_versions"  # of a Lance table in a folder
 _LAST_VERSION = 2**64 - 1
 T = TypeVar("T")
 
@@ -220,13 +223,22 @@ class Gallery:
             with self.place.faults_told():
                 self.table.checkout_latest()
                 return self.table.version
-        names = (path.stem for path in (folder / "_versions").glob("*.manifest"))
+        names = (path.stem for path in (folder / VERSIONS).glob("*.manifest"))
         return max((_LAST_VERSION - int(name) for name in names if name.isdecimal()), default=0)
+
+    def version_mark(self, version: int) -> str:
+        """What tells a version from the one of the same number in another history: a table that was put back from a
+        copy gives numbers again. Empty where the table lies in a store, or of a version that is gone."""
+        folder = self.place.folder
+        with suppress(OSError):
+            if folder is not None:
+                return checksum((folder / VERSIONS / f"{_LAST_VERSION - version}.manifest").read_bytes())
+        return ""
 
     @cached_property
     def snapshot(self) -> Snapshot:
         """The table as it is when first asked for, laid out for search. To see a newer one, open the gallery again."""
-        return load_snapshot(self.directory, self.version, self.read_rows)
+        return load_snapshot(self.directory, self.version, self.version_mark, self.read_rows)
 
     def read_rows(self) -> tuple[pa.Table, int]:
         """The rows of the table's latest version as a snapshot has them, and that version.

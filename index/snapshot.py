@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from index.checksum import checksum, scratch_name
 
 FOLDER = "search"
+MARK = b"version-mark"  # in the metadata of the file
 SPARSE = 8  # ids that were given out for each that is in use, from which on positions are searched and not looked up
 COLUMNS = (
     "id", "item", "kind", "moment", "path", "source", "caption", "licence",
@@ -108,12 +109,15 @@ class Snapshot:
         return slice(int(first), int(behind))
 
 
-def load_snapshot(gallery: Path, version: int, read_rows: Callable[[], tuple[pa.Table, int]]) -> Snapshot:
+def load_snapshot(
+    gallery: Path, version: int, mark_of: Callable[[int], str], read_rows: Callable[[], tuple[pa.Table, int]]
+) -> Snapshot:
     """Map the snapshot of this version of the table; without a sound one, read the rows from the table and write it.
 
     Args:
         gallery: directory of the gallery.
         version: the table's version.
+        mark_of: of a version, what tells it from the one of the same number in another history; "" if nothing does.
         read_rows: reads the columns `COLUMNS` of the latest version, which may be a newer one if somebody writes,
             sorted by (item, id), and that version.
     """
@@ -121,11 +125,18 @@ def load_snapshot(gallery: Path, version: int, read_rows: Callable[[], tuple[pa.
         with suppress(OSError, pa.ArrowInvalid):  # removed meanwhile by who wrote a newer one; or an empty file
             content = _map(path)
             if checksum(content) == path.stem.rpartition("-")[2]:
-                return Snapshot.of(pa.ipc.open_file(content).read_all(), version)
+                rows = pa.ipc.open_file(content).read_all()
+                if _marked(rows) in ("", mark_of(version)):
+                    return Snapshot.of(rows, version)
     rows, version = read_rows()
     with suppress(OSError):  # a read-only place or a full disk costs only the time of the next opening
-        _write(gallery / FOLDER, version, rows)
+        _write(gallery / FOLDER, version, rows.replace_schema_metadata({MARK: mark_of(version)}))
     return Snapshot.of(rows, version)
+
+
+def _marked(rows: pa.Table) -> str:
+    """The mark of the version that a snapshot holds; those of a store, and those written before, have none."""
+    return (rows.schema.metadata or {}).get(MARK, b"").decode()
 
 
 def _write(folder: Path, version: int, rows: pa.Table) -> None:

@@ -240,6 +240,27 @@ def test_the_manifest_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert manifest.with_next_id(7).with_next_id(5).next_id == 7
 
 
+def test_a_table_that_was_put_back_is_not_taken_for_the_one_before(
+    gallery: Gallery, photos: Path, tiny_model: RetrievalModel
+) -> None:
+    table, copy = gallery.directory / "vectors.lance", gallery.directory.with_name("copy.lance")
+    shutil.copytree(table, copy)
+    (first, *_), before = gallery.snapshot.items.tolist(), gallery.version
+    with writing(gallery.directory):
+        open_gallery(gallery.directory).remove_items([first])
+    lost = open_gallery(gallery.directory)
+    assert first not in lost.snapshot.items
+    shutil.rmtree(table)
+    copy.rename(table)
+    second = int(gallery.snapshot.items[-1])
+    with writing(gallery.directory):
+        open_gallery(gallery.directory).remove_items([second])
+    opened = open_gallery(gallery.directory)
+    assert opened.version == lost.version > before
+    assert first in opened.snapshot.items
+    assert second not in opened.snapshot.items
+
+
 def test_a_damaged_or_old_snapshot_is_made_again(gallery: Gallery, photos: Path, tiny_model: RetrievalModel) -> None:
     file = next((gallery.directory / "search").glob("snapshot-*.arrow"))
     expected = gallery.snapshot.vectors.copy()

@@ -40,9 +40,9 @@ def test_an_empty_snapshot_holds_no_id() -> None:
 
 def test_a_snapshot_is_used_where_it_is_mapped(tmp_path: Path) -> None:
     rows = snapshot_of(np.arange(1000)).rows
-    read = load_snapshot(tmp_path, 1, lambda: (rows, 1))
+    read = load_snapshot(tmp_path, 1, str, lambda: (rows, 1))
     assert read.ids.tolist() == list(range(1000))
-    mapped = load_snapshot(tmp_path, 1, lambda: pytest.fail("the snapshot was not used"))
+    mapped = load_snapshot(tmp_path, 1, str, lambda: pytest.fail("the snapshot was not used"))
     before = pa.total_allocated_bytes()
     assert mapped.row(7)["id"] == 7
     assert mapped.vectors.shape == (1000, 4)
