@@ -15,7 +15,6 @@ import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +26,7 @@ from torch.utils.data import Dataset, Sampler
 from cots.config import DataConfig, SourceConfig
 from cots.data.image_io import open_image
 from cots.data.media_kind import HEADER_BYTES, sniff
-from cots.data.samples import Sample, entries, samples_of
+from cots.data.samples import Sample, iter_samples
 from cots.data.shards import MEMBER_SEPARATOR, TarIndex, read_captions
 from cots.data.transforms import TrainingTransform
 from cots.errors import MediaError, SourceError, TrainingError
@@ -157,7 +156,7 @@ class ShardPairs:
 
 
 class TablePairs:
-    """Pairs of anything else that samples.py reads, such as a table. Rows of one path, a caption each, are one item.
+    """Pairs of anything else that `iter_samples` reads, such as a table.
 
     The samples lie pickled one behind the other: millions of objects would take seconds to send to each worker, and a
     forked one would copy them all, as their references are counted.
@@ -169,21 +168,11 @@ class TablePairs:
     def __init__(self, path: str) -> None:
         self.left_out: list[MediaError] = []
         records: list[bytes] = []
-        place_of: dict[str, int | None] = {}  # None: no caption yet
-        files = entries([path], self.left_out.append)
-        for sample in chain.from_iterable(samples_of(file, self.left_out.append) for file in files):
-            place = place_of.setdefault(sample.path, None)
-            if not sample.captions:
-                continue
-            if place is None:
-                place_of[sample.path] = len(records)
+        for sample in iter_samples([path], self.left_out.append):
+            if sample.captions:
                 records.append(pickle.dumps(tuple(vars(sample).values())))
             else:
-                first = Sample(*pickle.loads(records[place]))
-                captions = tuple(dict.fromkeys((*first.captions, *sample.captions)))
-                records[place] = pickle.dumps(tuple(vars(replace(first, captions=captions)).values()))
-        bare = [name for name, place in place_of.items() if place is None]
-        self.left_out += [MediaError(name, "it has no caption") for name in bare]
+                self.left_out.append(MediaError(sample.path, "it has no caption"))
         self._records = b"".join(records)
         self._ends = np.cumsum([0, *map(len, records)])
 

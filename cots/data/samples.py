@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from cots.data.media_kind import HEADER_BYTES, MEDIA_EXTENSIONS, Kind, sniff
 from cots.data.shards import MEMBER_SEPARATOR, Member, group, read_captions, read_span, scan_tar
-from cots.data.tables import TABLE_EXTENSIONS, read_table
+from cots.data.tables import TABLE_EXTENSIONS, read_items
 from cots.errors import MediaError, SourceError
 
 OnError = Callable[[MediaError], None]
@@ -72,7 +72,8 @@ def iter_samples(sources: Sequence[str | Path], on_error: OnError) -> Iterator[S
     """The samples of all sources in their order, a folder's sorted by path; each path once.
 
     A source is an image or video file, a folder (walked, hidden entries skipped, shards in it included), a glob (`**`
-    for any depth), a webdataset shard (.tar) or a table (.jsonl, .csv, .tsv, .parquet).
+    for any depth), a webdataset shard (.tar) or a table (.jsonl, .csv, .tsv, .parquet), whose
+    rows of one path are one sample.
 
     Args:
         sources: as the user wrote them.
@@ -229,7 +230,7 @@ def _found_in(entry: Entry, on_error: OnError) -> Iterator[Sample]:
     if extension == "tar":
         yield from _from_shard(entry, on_error)
     elif extension in TABLE_EXTENSIONS:
-        for row in read_table(entry.path, on_error):
+        for row in read_items(entry.path, on_error):
             yield from _from_file(row.path, row.captions, row.source, row.extra, row.place, on_error)
     else:
         yield from _from_file(entry.path, (), entry.source, {}, "", on_error)

@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,38 @@ class Row:
     source: str
     extra: dict[str, str]
     place: str
+
+
+def read_items(path: str | Path, on_error: Callable[[MediaError], None]) -> Iterator[Row]:
+    """The rows of a table, those of one path (a caption each, say) as one: the first, with what all of them hold.
+
+    The table is read twice, so that no more than paths, and the rows that join others, are kept in memory.
+
+    Raises:
+        SourceError: see `read_table`.
+    """
+    once: set[str] = set()
+    further: dict[str, Row] = {}  # of a path, all rows behind the first
+    with suppress(SourceError):  # which the second reading meets too, and tells with the rows before it
+        for row in read_table(path, lambda _: None):
+            if row.path in further:
+                further[row.path] = _joined(further[row.path], row)
+            elif row.path in once:
+                further[row.path] = row
+            else:
+                once.add(row.path)
+    once.clear()
+    for row in read_table(path, on_error):
+        if row.path not in further:
+            yield row
+        elif row.path not in once:
+            once.add(row.path)
+            yield _joined(row, further[row.path])
+
+
+def _joined(first: Row, second: Row) -> Row:
+    captions = tuple(dict.fromkeys((*first.captions, *second.captions)))
+    return replace(first, captions=captions, extra=second.extra | first.extra)
 
 
 def read_table(path: str | Path, on_error: Callable[[MediaError], None]) -> Iterator[Row]:
@@ -90,7 +124,7 @@ def _row(
     if "license" in extra:
         extra.setdefault("licence", extra.pop("license"))
     source = extra.pop("source", table.stem)
-    return Row(str(table.parent.absolute() / value.strip()), captions, source, extra, place)
+    return Row(os.path.abspath(table.parent / value.strip()), captions, source, extra, place)
 
 
 def _is_scalar(value: Any) -> bool:

@@ -5,7 +5,6 @@ read_evaluation_set reads it from a file; `cots.evaluation.protocols` from a dat
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from cots.data.frame_sampling import EVERY_SECOND, FrameSampling
 from cots.data.media_kind import Kind
 from cots.data.samples import Sample, iter_samples
-from cots.data.tables import TABLE_EXTENSIONS, read_table
+from cots.data.tables import TABLE_EXTENSIONS, read_items
 from cots.errors import EvaluationError, MediaError, SourceError
 from cots.evaluation.media_folder import copies_among, some
 
@@ -151,10 +150,8 @@ def _table_rows(file: Path) -> dict[str, tuple[tuple[str, ...], str]]:
     rows: dict[str, tuple[tuple[str, ...], str]] = {}
     bad_rows: list[MediaError] = []
     try:
-        for row in read_table(file, bad_rows.append):
-            path = os.path.abspath(row.path)
-            captions, group = rows.get(path, ((), ""))
-            rows[path] = tuple(dict.fromkeys((*captions, *row.captions))), row.extra.get("group", group)
+        for row in read_items(file, bad_rows.append):
+            rows[row.path] = row.captions, row.extra.get("group", "")
     except SourceError:
         if not bad_rows:  # else the rows say why
             raise

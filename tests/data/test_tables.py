@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cots.data.tables import Row, read_table
+from cots.data.tables import Row, read_items, read_table
 from cots.errors import MediaError, SourceError
 
 
@@ -137,3 +137,33 @@ def test_parquet_with_pictures_instead_of_paths(tmp_path: Path) -> None:
     rows, errors = rows_of(table)
     assert rows == []
     assert "holds a dict, not a path" in errors[0].reason
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "csv", "parquet"])
+def test_rows_of_one_path_are_one_item(extension: str, tmp_path: Path) -> None:
+    rows = [
+        {"path": "a.png", "caption": "a dog", "group": "1"},
+        {"path": "b.png", "caption": "a cat", "group": ""},
+        {"path": "x/../a.png", "caption": "a brown dog", "group": "2"},
+        {"path": "", "caption": "nothing", "group": ""},
+        {"path": "c.png", "caption": "", "group": ""},
+        {"path": "a.png", "caption": "a dog", "group": ""},
+        {"path": "c.png", "caption": "a bird", "group": "3"},
+    ]
+    errors: list[MediaError] = []
+    items = list(read_items(write_table(tmp_path / f"list.{extension}", rows), errors.append))
+    assert [(Path(item.path).relative_to(tmp_path).as_posix(), item.captions, item.extra) for item in items] == [
+        ("a.png", ("a dog", "a brown dog"), {"group": "1"}),
+        ("b.png", ("a cat",), {}),
+        ("c.png", ("a bird",), {"group": "3"}),
+    ]
+    assert [error.reason for error in errors] == ["the column `path` is empty"]
+
+
+def test_what_precedes_damage_is_read_before_it_is_told(tmp_path: Path) -> None:
+    table = tmp_path / "list.csv"
+    table.write_bytes(b"path,caption\na.png,a dog\na.png,a brown dog\n" + b"b.png,a cat\n" * 2000 + b"c.png,\xff\n")
+    items = read_items(table, lambda _: None)
+    assert next(items).captions == ("a dog", "a brown dog")
+    with pytest.raises(SourceError, match="is not UTF-8"):
+        list(items)
