@@ -61,7 +61,10 @@ def pretrain(
         bool, typer.Option("--check", help="Only look at the sources, take one step, and say what the run will need.")
     ] = False,
 ) -> None:
-    """Train a model in one process; for several GPUs: torchrun --nproc-per-node N -m pretrain CONFIG ..."""
+    """Train a model on your own pairs.
+
+    In one process; for several GPUs: torchrun --nproc-per-node N -m pretrain CONFIG ...
+    """
     from pretrain.launch import launch
 
     launch(config, overrides or [], check)

@@ -54,7 +54,8 @@ def process_group(device: str) -> Iterator[Ranks]:
     if target.type == "cuda":
         target = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(target)
-    dist.init_process_group("nccl" if target.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    # Others wait while the first rank validates; of one that died, torchrun ends the others at once.
+    dist.init_process_group("nccl" if target.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     try:
         yield Ranks(dist.get_rank(), count, target)
     finally:

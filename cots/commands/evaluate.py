@@ -36,7 +36,10 @@ def evaluate(
     ] = 0.01,
     batch_size: BatchSize = None,
 ) -> None:
-    """Measure retrieval both ways: R@1, R@5, R@10, median and mean rank, with intervals."""
+    """Measure retrieval by a protocol, or over your own items.
+
+    R@1, R@5, R@10, median and mean rank, from texts to items and back, with intervals.
+    """
     from cots.evaluation import tables
 
     if list_all:

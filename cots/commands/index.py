@@ -90,9 +90,9 @@ def build(
         f"{gallery}: {done} in {report.seconds:.1f} s{rate}; it holds {report.items} items, {report.vectors} vectors."
     )
     if report.failed and not report.items:
-        raise CotsError(f"None of the {len(report.failed)} files could be read, so the gallery {gallery} is empty.")
+        raise CotsError(f"No file could be read ({len(report.failed)} tried), so the gallery {gallery} is empty.")
     if report.missing:
-        typer.echo(f"{len(report.missing)} items' files are gone; --prune removes them from the gallery.", err=True)
+        typer.echo(f"Files that are gone: {len(report.missing)}; --prune removes their items.", err=True)
 
 
 @app.command("remove")
@@ -102,7 +102,8 @@ def remove(
     """Remove items from a gallery; the files themselves stay."""
     from index.build import remove
 
-    typer.echo(f"{remove(gallery, where)} items removed.")
+    count = remove(gallery, where)
+    typer.echo(f"{count} item{'' if count == 1 else 's'} removed.")
 
 
 @app.command("info")

@@ -63,7 +63,7 @@ def test_a_build_in_which_nothing_can_be_read_fails(cots: Cots, tiny_model_dir: 
     (tmp_path / "text.jpg").write_text("dear diary")
     outcome = cots("index", "build", tmp_path / "text.jpg", "--gallery", tmp_path / "g", "--model", tiny_model_dir)
     assert outcome.code == 1
-    assert "None of the 1 files could be read" in outcome.err
+    assert "No file could be read (1 tried)" in outcome.err
 
 
 def test_unreadable_files_are_each_named_and_the_good_ones_indexed(
