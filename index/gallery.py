@@ -12,7 +12,6 @@ permission to write.
 
 import mimetypes
 import os
-import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cached_property
@@ -26,9 +25,10 @@ import pyarrow as pa
 from cots.data.shards import MEMBER_SEPARATOR, read_media
 from cots.errors import GalleryError
 from index.checksum import checksum
+from index.filters import as_one, bad_filter
 from index.lock import LOCK, writing
 from index.manifest import Manifest
-from index.place import OWNER, TABLE, TablePlace, folder_mark, identity_of, owner_of, plain
+from index.place import OWNER, TABLE, TablePlace, folder_mark, identity_of, owner_of
 from index.snapshot import COLUMNS, Snapshot, load_snapshot
 
 if TYPE_CHECKING:
@@ -284,9 +284,8 @@ class Gallery:
         Raises:
             GalleryError: the condition cannot be parsed or names an unknown column; the message lists those that exist.
         """
-        # Of a statement LanceDB reads as much as makes sense, so that "id = 3 AN kind = 'image'" would be "id = 3".
-        whole = f"({where}\n)"
         try:
+            whole = as_one(where)
             found = self.read_latest(
                 lambda table: table.search().where(whole).select(["id"]).to_batches(READ_ROWS).read_all()
             )
@@ -375,10 +374,3 @@ def adopt_table(directory: str | Path) -> str:
             raise GalleryError(f"The table of the gallery {folder} lies in its own folder, which may write to it.")
         gallery.table.update_field_metadata({"path": "id", "metadata": {OWNER: folder_mark(folder / LOCK)}})
     return gallery.place.address
-
-
-def bad_filter(where: str, error: Exception, columns: list[str]) -> GalleryError:
-    text = " ".join(str(error).split())
-    parsed = re.search(r"sql parser error: (.*)\)$", text)
-    reason = parsed[1] if parsed else plain(text)[:200]
-    return GalleryError(f"The filter {where!r} cannot be used ({reason}); the columns are: {', '.join(columns)}.")

@@ -28,7 +28,7 @@ def search(
     json_output: JsonFlag = False,
 ) -> None:
     """Search a gallery by words, by a picture, or by both."""
-    if query is None and image is None:
+    if not (query or "").strip() and image is None:
         raise typer.BadParameter("give words to look for, --image FILE, or both")
     if kind not in (None, "image", "video"):
         raise typer.BadParameter(f"--kind is image or video, not {kind!r}")

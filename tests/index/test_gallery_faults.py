@@ -104,9 +104,19 @@ def test_filters_that_match_nothing_or_are_no_sql(
             searcher.search("dog", where=condition, mode=mode)
 
 
-@pytest.mark.parametrize("condition", ["id > 0 AN id = 1", "id > 0; DROP TABLE vectors", "id > 0 LIMIT 1"])
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "id > 0 AN id = 1",
+        "id > 0; DROP TABLE vectors",
+        "id > 0 LIMIT 1",
+        "id > 0) AND id = 1",
+        "id > 0) OR (id = 1",
+        "(id > 0",
+    ],
+)
 def test_a_filter_of_which_only_the_beginning_makes_sense_removes_nothing(captioned: Gallery, condition: str) -> None:
-    with pytest.raises(GalleryError, match=r"The filter .* cannot be used \(Expected: \), found: "):
+    with pytest.raises(GalleryError, match=r"cannot be used \((Expected: \), found: |its parentheses do not match)"):
         remove(captioned.directory, condition)
     assert remove(captioned.directory, "id = 1 -- of a comment there is nothing to fear") == 1
     assert len(open_gallery(captioned.directory).snapshot) == 11
