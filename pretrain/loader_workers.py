@@ -7,10 +7,11 @@ process that has imported what they run and nothing else, knows of no GPU, and b
 macOS they are spawned, as is its custom: there not even such a server may fork.
 
 A worker heeds its trainer alone. Ctrl-C and SIGTERM, which a terminal or a scheduler sends to every process of a job,
-are for the trainer, which may want batches until it has stopped; and when the trainer is gone, however it went, so are
-its workers. What a worker finds wrong is raised in the trainer as the worker would have raised it.
+are for the trainer, which may want batches until it has stopped; and when the trainer ends, however it does, so do its
+workers. What a worker finds wrong is raised in the trainer as the worker would have raised it.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -21,8 +22,10 @@ from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.process import BaseProcess
 from threading import Thread
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate, default_convert
@@ -31,6 +34,7 @@ from cots.errors import CotsError
 
 _FOR_THE_TRAINER = (signal.SIGINT, signal.SIGTERM)
 _PRELOADED = ["pretrain.loader", "pretrain.source_check", "pretrain.tokenizer_pictures"]
+_started: WeakSet[BaseProcess] = WeakSet()
 
 
 class WorkerLoader(DataLoader[Any]):
@@ -54,8 +58,10 @@ class WorkerLoader(DataLoader[Any]):
             )
 
     def __iter__(self) -> Any:
+        before = set(multiprocessing.active_children())
         with _no_advice():
             batches = super().__iter__()  # the workers begin here, not with the first batch
+        _started.update(set(multiprocessing.active_children()) - before)
         return _raise_handed(batches)
 
 
@@ -175,6 +181,18 @@ def _begin(_: int) -> None:
     for number in _FOR_THE_TRAINER:
         signal.signal(number, signal.SIG_IGN)
     Thread(target=_end_with_trainer, daemon=True).start()
+
+
+@atexit.register
+def _kill_started() -> None:
+    """multiprocessing sends SIGTERM to what still runs, such as the workers of a loader that an error holds, and waits
+    for its end. This comes before, as what is registered last is called first."""
+    for worker in list(_started):
+        if worker.is_alive():
+            worker.kill()
+
+
+os.register_at_fork(after_in_child=_started.clear)
 
 
 def _end_with_trainer() -> None:
