@@ -187,9 +187,11 @@ def _begin(_: int) -> None:
 def _kill_started() -> None:
     """multiprocessing sends SIGTERM to what still runs, such as the workers of a loader that an error holds, and waits
     for its end. This comes before, as what is registered last is called first."""
-    for worker in list(_started):
-        if worker.is_alive():
-            worker.kill()
+    left = [worker for worker in _started if worker.is_alive()]
+    if left:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would call it a fault
+    for worker in left:
+        worker.kill()
 
 
 os.register_at_fork(after_in_child=_started.clear)

@@ -141,7 +141,7 @@ def test_build_brings_up_to_date_and_prunes(cots: Cots, tiny_model_dir: Path, tm
     (photos / "a.png").unlink()
     kept = cots(*arguments)
     assert "1 added, 1 unchanged" in kept.out
-    assert "--prune removes them" in kept.err
+    assert "--prune removes their items" in kept.err
     pruned = cots(*arguments, "--prune")
     assert "1 removed" in pruned.out
     assert "it holds 2 items" in pruned.out

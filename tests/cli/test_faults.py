@@ -155,7 +155,9 @@ def test_a_gallery_that_cannot_be_used_is_one_sentence(
     assert_one_sentence(cots(*build, tmp_path / "file"), "cannot be written to")
     assert cots(*build, tmp_path / "g").code == 0
     assert_one_sentence(cots("search", "dog", "--gallery", tmp_path / "g", "--where", "colour = 1"), "colour = 1")
-    assert_one_sentence(cots("search", " ", "--gallery", tmp_path / "g"), "nothing to search for")
+    empty = cots("search", " ", "--gallery", tmp_path / "g")
+    assert empty.code == 2
+    assert "give words to look for, --image FILE, or both" in empty.err
     (tmp_path / "g" / "manifest.json").write_text("{")
     assert_one_sentence(cots("search", "dog", "--gallery", tmp_path / "g"), "manifest")
 
