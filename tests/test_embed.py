@@ -87,7 +87,7 @@ def test_frames_of_several_videos_share_batches(
     encode = tiny_model.encode_images
     monkeypatch.setattr(tiny_model, "encode_images", lambda pixels: sizes.append(len(pixels)) or encode(pixels))
     list(embed(mixed, tiny_model, on_error=no_error, batch_size=8))
-    assert sizes == [8, 8, 7]  # 9 pictures, 10 frames, and 4 of the 3-frame video
+    assert sorted(sizes) == [7, 8, 8]  # 9 pictures, 10 frames, and 4 of the 3-frame video; threads take turns
 
 
 def test_a_video_is_pooled_into_windows(mixed: list[Sample], tiny_model: RetrievalModel) -> None:
