@@ -129,7 +129,8 @@ def photo_sides(name: str, model: RetrievalModel, batches: list[int]) -> dict[st
     else:
         whole = open_clip_loop(name, model.device)
         sides["open_clip loop"] = lambda part: whole(part[:few])
-    sides["plain loop"] = lambda part: len(plain_loop(part[:few], model, model.encode_images))
+    plain = load_model(name, str(model.device))  # in float32 on a CPU
+    sides["plain loop"] = lambda part: len(plain_loop(part[:few], model, plain.encode_images))
     sides["decoding alone"] = lambda part: decode_alone(part, model)
     for batch in batches:
         sides[f"model alone, batch {batch}"] = partial(model_alone, model, batch)
@@ -278,7 +279,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with ExitStack() as stack:
         name = named_model(arguments.model, Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        model = load_model(name)
+        model = load_model(name, bulk=True)
         on_gpu = model.device.type == "cuda"
         sources = arguments.sources
         if arguments.make_jpegs:

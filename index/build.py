@@ -131,7 +131,8 @@ def build(
             items = {sample.path: item for sample, item in wanted}
             samples = [sample for sample, _ in wanted]
             telling = {"on_error": failed, "max_bad_share": max_bad_share, "progress": progress}
-            recipe = Recipe(gallery.manifest.model, model.fingerprint, str(model.device), threads, batch_size)
+            name, device = gallery.manifest.model, str(model.device)
+            recipe = Recipe(name, model.fingerprint, device, threads, batch_size, model.bulk)
             with closing(_embedded(samples, model, recipe, workers, ray, **telling)) as embedded:
                 for result in embedded:
                     if not result.vectors.any(axis=1).all():

@@ -38,6 +38,7 @@ class Recipe:
         device: a torch device.
         threads: cores that are the worker's; None: its share of what there is.
         batch_size: see `cots.embed.embed`.
+        bulk: see `RetrievalModel`.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Recipe:
     device: str
     threads: int | None
     batch_size: int | None
+    bulk: bool = False
 
     def load(self) -> "RetrievalModel":
         """Load the model and take no more cores than are the worker's.
@@ -61,7 +63,7 @@ class Recipe:
             torch.set_num_threads(self.threads)
         if self.device.startswith("cuda:"):
             torch.cuda.set_device(self.device)
-        model = load_model(self.model, self.device)
+        model = load_model(self.model, self.device, bulk=self.bulk)
         if model.fingerprint != self.fingerprint:
             raise ModelError(
                 f"A worker finds another model by the name {self.model} ({model.fingerprint[:8]}) than the one that "

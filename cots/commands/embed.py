@@ -24,7 +24,7 @@ def embed(
     from cots.model.pretrained import load_model
 
     with progress_bar("embedding") as (progress, complain):
-        encoder = load_model(model)
+        encoder = load_model(model, bulk=True)
         samples = list(iter_samples(sources, complain))
         embedded = embed_samples(
             samples, encoder, on_error=complain, batch_size=batch_size, total=len(samples), progress=progress

@@ -64,7 +64,7 @@ def build(
         report = build(
             sources,
             gallery,
-            load_model(model),
+            load_model(model, bulk=True),
             table=table,
             prune=prune,
             batch_size=batch_size,

@@ -12,14 +12,18 @@ from cots.errors import ModelError
 from cots.model.model_directory import fingerprint_of
 from cots.model.open_clip_architecture import OPEN_CLIP, create_open_clip, import_open_clip
 from cots.model.retrieval_model import RetrievalModel, half_precision
-from cots.onednn import quick_linears
+from cots.onednn import bfloat16_is_quicker, quick_linears
 
 
 class OpenClipModel(RetrievalModel):
     """`open_clip:ARCH/TAG`: an architecture of open_clip and a pretrained tag of it, or a checkpoint file in the
-    tag's place."""
+    tag's place.
 
-    def __init__(self, name: str, device: torch.device) -> None:
+    Args:
+        bulk: see `RetrievalModel`.
+    """
+
+    def __init__(self, name: str, device: torch.device, bulk: bool = False) -> None:
         open_clip = import_open_clip()
         model: Any = create_open_clip(name)  # any: open_clip's classes share their methods, but no base
         architecture = name.removeprefix(OPEN_CLIP).partition("/")[0]
@@ -49,9 +53,15 @@ class OpenClipModel(RetrievalModel):
                 if type(module).__name__ == "ResidualAttentionBlock" and not hasattr(module, "ln_1_kv"):
                     module.attn = PlainSelfAttention(module.attn)
 
+        self.bulk = bulk
+
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
+        normalised = (pixels.float() - self._mean) / self._std
+        if self.bulk and self.device.type == "cpu" and bfloat16_is_quicker():
+            with torch.autocast("cpu", torch.bfloat16):
+                return self._model.encode_image(normalised)
         with half_precision(self.device), quick_linears(self.device):
-            return self._model.encode_image((pixels.float() - self._mean) / self._std)
+            return self._model.encode_image(normalised)
 
     def _token_ids(self, texts: list[str]) -> Tensor:
         return self._tokenizer(texts)

@@ -17,7 +17,7 @@ from cots.model.folding import fold_batch_norms
 from cots.model.model_directory import SavedModel
 from cots.model.tower import lower_precision
 from cots.moments import unit_mean
-from cots.onednn import quick_linears
+from cots.onednn import bfloat16_is_quicker, quick_linears
 from cots.recording import RecordedFunction
 
 
@@ -31,9 +31,12 @@ class RetrievalModel(ABC):
         device: where it computes.
         square: the exact transform of a picture.
         handles_video: whether it can embed clips.
+        bulk: whether it encodes pictures in bfloat16, on a CPU that gains by it. Cosines with the vectors of float32
+            are above 0.999, but a measurement had better not hang on the processor.
     """
 
     handles_video = True
+    bulk = False
 
     def __init__(
         self, name: str, fingerprint: str, dimension: int, device: torch.device, square: SquareTransform
@@ -112,9 +115,13 @@ def half_precision(device: torch.device) -> torch.autocast:
 
 class CotsModel(RetrievalModel):
     """A dual encoder that this project trained. Its image stream is built at the first picture, which a search by
-    words never brings."""
+    words never brings.
 
-    def __init__(self, name: str, saved: SavedModel, device: torch.device) -> None:
+    Args:
+        bulk: see `RetrievalModel`.
+    """
+
+    def __init__(self, name: str, saved: SavedModel, device: torch.device, bulk: bool = False) -> None:
         image = saved.config.image_tower
         square = SquareTransform(image.image_size, image.resize)
         super().__init__(name, saved.fingerprint, saved.config.embedding_dim, device, square)
@@ -123,6 +130,7 @@ class CotsModel(RetrievalModel):
         self._saved = saved
         self._images: ImageStream | None = None
         self._has_linears = False  # in the image tower
+        self.bulk = bulk
         self._building = Lock()
 
     def pool_frames(self, frames: np.ndarray) -> np.ndarray:
@@ -155,6 +163,8 @@ class CotsModel(RetrievalModel):
         self._has_linears = any(isinstance(module, nn.Linear) for module in stream.image_tower.modules())
         sample = torch.rand(1, 3, self.image_size, self.image_size, device=self.device)
         stream.image_tower = fold_batch_norms(stream.image_tower, sample)
+        if self.bulk and self.device.type == "cpu" and bfloat16_is_quicker():
+            lower_precision(stream, torch.bfloat16)
         if self.device.type == "cuda":
             lower_precision(stream, torch.float16)
             # Complete, whichever thread's stream uses it next. To wait for the whole device would fail, and spoil what

@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cots.embedded import EMBEDDED_GALLERY
+from cots.model import retrieval_model
 from cots.model.pretrained import load_model
 from cots.model.retrieval_model import RetrievalModel
 
@@ -44,3 +47,20 @@ def test_a_sentence_is_encoded_without_importing_vision_libraries() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_many_pictures_are_encoded_in_bfloat16_where_that_is_quicker(
+    model: RetrievalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = sorted((EMBEDDED_GALLERY / "media" / "photographs").glob("*.webp"))[::4]
+    pixels = torch.stack([model.transform(Image.open(file).convert("RGB")) for file in files])
+    expected = model.encode_images(pixels)
+    monkeypatch.setattr(retrieval_model, "bfloat16_is_quicker", lambda: False)
+    assert torch.equal(load_model("embedded", device="cpu", bulk=True).encode_images(pixels), expected)
+    monkeypatch.setattr(retrieval_model, "bfloat16_is_quicker", lambda: True)
+    assert torch.equal(load_model("embedded", device="cpu").encode_images(pixels), expected)
+    bulk = load_model("embedded", device="cpu", bulk=True).encode_images(pixels)
+    assert bulk.dtype == torch.float32
+    assert not torch.equal(bulk, expected)
+    assert float((bulk * expected).sum(dim=1).min()) > 0.999
+    np.testing.assert_allclose(bulk.norm(dim=1), 1, atol=1e-6)

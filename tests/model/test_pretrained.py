@@ -9,6 +9,7 @@ from PIL import Image
 
 from cots.config import ModelConfig
 from cots.errors import ModelError
+from cots.model import open_clip_model
 from cots.model.caption_tokenizer import WordPieceTokenizer
 from cots.model.dual_encoder import DualEncoder
 from cots.model.model_directory import read_model, save_model
@@ -121,7 +122,9 @@ def test_unknown_names_say_what_would_do(tmp_path: Path) -> None:
         load_model("open_clip:ViT-B-32/nonesuch")
 
 
-def test_an_open_clip_model_embeds_as_open_clip_does(open_clip_checkpoint: Path) -> None:
+def test_an_open_clip_model_embeds_as_open_clip_does(
+    open_clip_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load_model(f"open_clip:cots-test-tiny/{open_clip_checkpoint}", device="cpu")
     reference, _, preprocess = open_clip.create_model_and_transforms(
         "cots-test-tiny", pretrained=str(open_clip_checkpoint)
@@ -143,3 +146,6 @@ def test_an_open_clip_model_embeds_as_open_clip_does(open_clip_checkpoint: Path)
         theirs = reference.encode_text(open_clip.get_tokenizer("cots-test-tiny")(texts), normalize=True)
     assert torch.allclose(model.encode_texts(texts), theirs, atol=1e-5)
     assert model.fingerprint == load_model(model.name, device="cpu").fingerprint
+    monkeypatch.setattr(open_clip_model, "bfloat16_is_quicker", lambda: True)
+    bulk = load_model(model.name, device="cpu", bulk=True).encode_images(model.transform(image)[None])
+    assert 0.999 < float((bulk * ours).sum()) < 1 - 1e-7
