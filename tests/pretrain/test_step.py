@@ -138,6 +138,14 @@ def test_both_encodings_of_a_part_draw_the_same_dropout(make_config: MakeConfig)
     assert torch.equal(seen[1], seen[3])
 
 
+def test_a_step_leaves_a_learned_temperature_within_its_bounds(make_config: MakeConfig) -> None:
+    run = Run(make_config(objective={"learn_temperature": True}), ALONE)
+    run.stepper.objective.log_temperature.data.fill_(5.0)
+    run.stepper.take(next(run._batches()), 0, 10)
+    run.telemetry.close()
+    assert run.stepper.objective.temperature.item() == pytest.approx(0.5)
+
+
 def test_activation_checkpointing_changes_nothing(make_config: MakeConfig, every_level: dict) -> None:
     common = {"model": _with_dropout(make_config()), "objective": every_level}
     plain = pretrain(make_config("plain", **common))
