@@ -11,11 +11,13 @@ training.resume=true.
 import json
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 
 from cots.config import PretrainConfig
 from cots.data.square_transform import SquareTransform
@@ -275,7 +277,10 @@ class Run:
 
     def _restore(self, path: Path) -> None:
         state = read_checkpoint(path)
-        refuse_other_training(path, state["config"], self.config.model_dump(mode="json"))
+        before = state["config"]
+        with suppress(ValidationError):  # of another kind of training, which is refused
+            before = PretrainConfig.model_validate(before).model_dump(mode="json")  # what is newer has its default
+        refuse_other_training(path, before, self.config.model_dump(mode="json"))
         self.stepper.restore(state)
         self.step, self.best = state["step"], state["best"]
         if self.config.data.cache_side is None:  # else all are read anew, and counted

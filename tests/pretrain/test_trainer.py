@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from cots.config import PretrainConfig
 from cots.errors import ConfigError, SourceError, TrainingError
 from cots.model.pretrained import load_model
+from pretrain.checkpoint import latest_checkpoint
 from pretrain.trainer import pretrain
 
 MakeConfig = Callable[..., PretrainConfig]
@@ -134,6 +136,20 @@ def test_a_run_is_not_overwritten(make_config: MakeConfig) -> None:
         pretrain(config.model_copy(update={"training": other_batches}))
     written = yaml.safe_load((Path(config.training.output) / "config.yaml").read_text())
     assert written == config.model_dump(mode="json")  # what was refused is not noted as what was trained
+
+
+def test_a_run_goes_on_from_a_checkpoint_that_knows_fewer_settings(make_config: MakeConfig) -> None:
+    run = pretrain(make_config(training={"epochs": 1}))
+    path = latest_checkpoint(run)
+    assert path is not None
+    state = torch.load(path, weights_only=True)
+    del state["config"]["objective"]["masked_modeling"]["stored_tokens"]
+    torch.save(state, path)
+    pretrain(make_config(training={"epochs": 1, "resume": True}))
+    state["config"]["objective"]["temperature"] = 0.2
+    torch.save(state, path)
+    with pytest.raises(ConfigError, match=r"was trained with objective\.temperature=0\.2"):
+        pretrain(make_config(training={"epochs": 1, "resume": True}))
 
 
 def test_a_run_without_a_checkpoint_is_resumed_from_nothing(
