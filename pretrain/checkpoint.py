@@ -77,9 +77,10 @@ def writing_to(run: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in _CANNOT_WRITE:
-            raise
-        what = getattr(error, "filename", None) or run
+        what, own = Path(getattr(error, "filename", None) or run), run.absolute()
+        elsewhere = not (what.absolute().is_relative_to(own) or own.is_relative_to(what.absolute()))
+        if elsewhere or (isinstance(error, OSError) and error.errno not in _CANNOT_WRITE):
+            raise  # such as a file that was to be read
         raise TrainingError(
             f"{what} cannot be written ({_reason(error)}); make room or choose another training.output. Checkpoints "
             "that are there are intact."

@@ -10,6 +10,7 @@ from pretrain.checkpoint import (
     read_checkpoint,
     restore_random_state,
     save_checkpoint,
+    writing_to,
 )
 
 
@@ -50,6 +51,13 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(tmp_path: P
     newest = latest_checkpoint(tmp_path)
     assert newest is not None
     assert read_checkpoint(newest) == {"step": 1}
+
+
+def test_a_file_elsewhere_that_is_gone_is_no_fault_of_the_output(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), writing_to(tmp_path / "run"):
+        (tmp_path / "words.txt").read_text()
+    with pytest.raises(TrainingError, match=r"log\.jsonl cannot be written"), writing_to(tmp_path / "run"):
+        (tmp_path / "run" / "log.jsonl").open("a")
 
 
 def test_the_random_state_comes_back() -> None:
