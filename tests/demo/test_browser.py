@@ -208,6 +208,7 @@ def test_back_leaves_a_search_that_was_asked_twice(page: Page) -> None:
     page.wait_for_results()
     page.driver.back()
     page.wait("!location.search && !document.querySelector('.cots .score')")
+    assert "?" not in page.driver.current_url
 
 
 def test_a_long_name_of_a_source_stays_on_a_narrow_screen(page: Page) -> None:
