@@ -72,8 +72,8 @@ def iter_samples(sources: Sequence[str | Path], on_error: OnError) -> Iterator[S
     """The samples of all sources in their order, a folder's sorted by path; each path once.
 
     A source is an image or video file, a folder (walked, hidden entries skipped, shards in it included), a glob (`**`
-    for any depth), a webdataset shard (.tar) or a table (.jsonl, .csv, .tsv, .parquet), whose
-    rows of one path are one sample.
+    for any depth), a webdataset shard (.tar) or a table (.jsonl, .csv, .tsv, .parquet), whose rows
+    of one path are one sample.
 
     Args:
         sources: as the user wrote them.
