@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
 
         launch(arguments[0], arguments[1:])
     except CotsError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        sys.stderr.write(f"Error: {error}\n")  # at once: print's two writes mix with other ranks'
         return 1
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)

@@ -128,7 +128,7 @@ class Telemetry:
             if self.active or alike:
                 self.say(f"skipped {name}: {reason}")
             else:
-                print(f"skipped {name}: {reason}", file=sys.stderr, flush=True)
+                sys.stderr.write(f"skipped {name}: {reason}\n")  # at once: print's two writes mix with other ranks'
 
     def step(self, scalars: Mapping[str, torch.Tensor], waited: float, flops: float = 0.0) -> None:
         """Count a step. The values stay on the device until `flush`, so that no step waits for the GPU."""

@@ -1,6 +1,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,6 +64,17 @@ def test_a_run_killed_in_the_middle_of_a_row_goes_on_with_a_row_of_its_own(tmp_p
         file.write('{"step": 3, "lo')
     assert [row["step"] for row in _log(tmp_path, 2, 1.0)] == [1, 2, 3]
     assert [start["first_step"] for start in json.loads((tmp_path / "run.json").read_text())["starts"]] == [0, 2]
+
+
+def test_a_rank_names_a_bad_sample_in_one_write_so_that_lines_of_many_ranks_do_not_mix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append, flush=lambda: None))
+    Telemetry(tmp_path, steps=9, first_step=0, batch_size=4, active=False).name_bad(
+        [("a.tar::1", "no picture")], alike=False
+    )
+    assert written == ["skipped a.tar::1: no picture\n"]
 
 
 def test_a_long_run_on_eighty_columns_shows_its_figures_in_one_line() -> None:
