@@ -230,20 +230,33 @@ def _sort_out(
 ) -> list[tuple[Sample, int | None]]:
     """Settle the samples whose content is known; give those to embed, each with the item that it replaces."""
     wanted: list[tuple[Sample, int | None]] = []
+    of_new_path: list[Sample] = []
     for sample in samples:
         try:
             change, item = known.compare(sample)
         except MediaError as error:
             failed(error)
             continue
-        if change in (Change.NEW, Change.CHANGED):
+        if item is None:
+            of_new_path.append(sample)
+        elif change is Change.CHANGED:
             wanted.append((sample, item))
+        else:
+            report.unchanged += change is Change.UNCHANGED
+            report.moved += change is Change.MOVED
+            report.relabelled += change is Change.RELABELLED
+            if change is not Change.UNCHANGED:
+                writer.relabel(item, sample)
+    for sample in of_new_path:
+        try:
+            item = known.moved_from(sample)
+        except MediaError as error:
+            failed(error)
             continue
-        assert item is not None  # only a new file has none
-        report.unchanged += change is Change.UNCHANGED
-        report.moved += change is Change.MOVED
-        report.relabelled += change is Change.RELABELLED
-        if change is not Change.UNCHANGED:
+        if item is None:
+            wanted.append((sample, None))
+        else:
+            report.moved += 1
             writer.relabel(item, sample)
     return wanted
 

@@ -17,7 +17,7 @@ _FACTS = ("item", "path", "size", "mtime", "content_hash", "source", "captions",
 class Change(Enum):
     """What became of a file since it was embedded."""
 
-    NEW = "new"
+    NEW = "new"  # its path; see `KnownItems.moved_from`
     CHANGED = "changed"
     MOVED = "moved"  # another path, or only another time: the content is known
     RELABELLED = "relabelled"
@@ -40,14 +40,10 @@ class KnownItems:
         self._seen: set[int] = set()
         self._shards: set[str] = set()
 
-    def __len__(self) -> int:
-        return len(self._row_of)
-
     def compare(self, sample: Sample) -> tuple[Change, int | None]:
-        """Tell what became of a sample, and which item it is; None if it is new.
+        """Tell what became of a sample, and which item it is; None if its path is new.
 
-        A file of known path, size and time is not read. Another is read only if an item of its size is known, so that
-        their contents can be compared.
+        A file of known path, size and time is not read. One of another time is, so that its content can be compared.
 
         Raises:
             MediaError: it has to be read and cannot be.
@@ -56,8 +52,7 @@ class KnownItems:
             self._shards.add(sample.path.partition(MEMBER_SEPARATOR)[0])
         row = self._row_of.get(self._gallery.stored_path(sample.path))
         if row is None:
-            moved = self._moved_from(sample)
-            return (Change.NEW, None) if moved is None else (Change.MOVED, self._value("item", moved))
+            return Change.NEW, None
         self._seen.add(row)
         item = self._value("item", row)
         if sample.size == self._value("size", row):
@@ -67,8 +62,15 @@ class KnownItems:
                 return Change.MOVED, item
         return Change.CHANGED, item
 
-    def _moved_from(self, sample: Sample) -> int | None:
-        """The item that has this sample's content and whose own file is gone."""
+    def moved_from(self, sample: Sample) -> int | None:
+        """The item that has the content of a sample of new path and whose own file is gone; it is given away once.
+
+        To be asked when all samples have been compared: what a shard no longer holds is known at its end. A file is
+        read only if an item of its size is known.
+
+        Raises:
+            MediaError: it has to be read and cannot be.
+        """
         rows = [row for row in self._by_size.get(sample.size, ()) if row not in self._claimed and row not in self._seen]
         if not rows:
             return None
@@ -76,7 +78,7 @@ class KnownItems:
         for row in rows:
             if self._value("content_hash", row) == content and not self._exists(row):
                 self._claimed.add(row)
-                return row
+                return self._value("item", row)
         return None
 
     def _relabelled(self, sample: Sample, row: int) -> bool:

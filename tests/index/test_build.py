@@ -162,6 +162,20 @@ def test_a_member_that_left_its_shard_is_missing(tmp_path: Path, photos: Path, t
     assert report.missing == [f"{shard}::01.png"]
 
 
+def test_a_member_keeps_its_item_though_an_equal_one_is_put_before_it(
+    tmp_path: Path, photos: Path, tiny_model: RetrievalModel
+) -> None:
+    shard = tmp_path / "shard.tar"
+    shutil.copy(photos / "01.png", photos / "copy.png")
+    for members in (["00.png", "01.png"], ["copy.png", "00.png", "01.png"]):
+        subprocess.run(["tar", "-cf", shard, *members], cwd=photos, check=True)
+        os.utime(shard, (len(members), len(members)))
+        report = build([shard], tmp_path / "gallery", tiny_model)
+    assert counts(report) == {"added": 1, "moved": 2}
+    items = {open_gallery(tmp_path / "gallery").row(id)["path"]: id for id in (1, 2, 3)}
+    assert items == {f"{shard}::00.png": 1, f"{shard}::01.png": 2, f"{shard}::copy.png": 3}
+
+
 def test_ids_of_removed_rows_are_not_given_again(gallery: Gallery, photos: Path, tiny_model: RetrievalModel) -> None:
     highest = int(gallery.snapshot.ids.max())
     assert remove(gallery.directory, f"id >= {highest - 5}") >= 2
