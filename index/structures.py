@@ -85,19 +85,24 @@ def read_structure(gallery: Path, record: StructureRecord, snapshot: Snapshot, m
             take more than half of the available memory.
 
     Raises:
-        UnusableStructure: it is lost, damaged, or more than a fifth of its rows or of the snapshot's do not match.
+        UnusableStructure: it is lost, damaged, replaced meanwhile, or more than a fifth of its rows or of the
+            snapshot's do not match.
+        MissingDependency: FAISS is not installed.
     """
-    path, rows_path = gallery / FOLDER / record.file, gallery / FOLDER / record.rows_file
-    for file in (path, rows_path):
-        if not file.is_file():
-            raise UnusableStructure(f"{file.name} is missing")
-        if _checksum_of(file) != file.stem.rpartition("-")[2]:
-            raise UnusableStructure(f"{file.name} is damaged")
-    rows = _match(np.load(rows_path), snapshot)
-    if mapped is None:
-        mapped = path.stat().st_size > available_memory() / 2
     faiss = installed_faiss()
-    structure = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
+    path, rows_path = gallery / FOLDER / record.file, gallery / FOLDER / record.rows_file
+    try:
+        for file in (path, rows_path):
+            if not file.is_file():
+                raise UnusableStructure(f"{file.name} is missing")
+            if _checksum_of(file) != file.stem.rpartition("-")[2]:
+                raise UnusableStructure(f"{file.name} is damaged")
+        rows = _match(np.load(rows_path), snapshot)
+        if mapped is None:
+            mapped = path.stat().st_size > available_memory() / 2
+        structure = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
+    except (OSError, RuntimeError) as error:  # such as FAISS's, if the file is replaced meanwhile
+        raise UnusableStructure(f"{record.file} cannot be read") from error
     identity = len(rows) == len(snapshot) and np.array_equal(rows, np.arange(len(rows)))
     effort = Effort(record.breadth, record.proposals)
     return AnnIndex(structure, record.kind, effort, snapshot.vectors, snapshot.ids, None if identity else rows)
@@ -111,7 +116,7 @@ def _match(known: np.ndarray, snapshot: Snapshot) -> np.ndarray:
     same[same] = row_hashes(snapshot.vectors)[rows[same]] == hashes[same]
     alive = int(same.sum())
     if alive < (1 - STALE_SHARE) * max(len(ids), len(snapshot)):
-        raise UnusableStructure(f"it holds {alive} of the {len(snapshot)} vectors of the table")
+        raise UnusableStructure(f"of its {len(ids)} vectors {alive} are among the {len(snapshot)} of the table")
     return np.where(same, rows, -1)
 
 

@@ -14,12 +14,13 @@ from gallery_media import write_picture
 
 from cots.errors import GalleryError
 from cots.model.retrieval_model import RetrievalModel
-from index import ann, engine
+from index import ann, engine, structures
 from index.build import build, info, remove
 from index.compaction import compact
 from index.engine import choose_engine, open_engine, set_engine
 from index.exact import ExactIndex
 from index.gallery import Gallery, open_gallery
+from index.memory import available_memory
 from index.search import SearchResult
 from index.structures import row_hashes
 
@@ -160,6 +161,44 @@ def test_a_damaged_structure_is_made_again_with_a_sentence(
     assert f"{file.name} is {'missing' if damage == 'lost' else 'damaged'}); it was made again" in sentence
     caplog.clear()
     assert_exact(gallery, tiny_model, kind)
+    assert caplog.messages == []
+
+
+def test_a_structure_that_the_table_has_left_behind_is_made_again_with_a_sentence(
+    gallery: Gallery, tiny_model: RetrievalModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    set_engine(gallery.directory, "ivf")
+    remove(gallery.directory, "path LIKE '%0_.png'")
+    assert_exact(gallery, tiny_model, "ivf")
+    (sentence,) = caplog.messages
+    assert "(of its 21 vectors 11 are among the 11 of the table); it was made again" in sentence
+
+
+def test_without_faiss_every_vector_is_compared(
+    gallery: Gallery, tiny_model: RetrievalModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_engine(gallery.directory, "ivf")
+    _flip(next((gallery.directory / "search").glob("ivf-*.faiss")))
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    assert_exact(gallery, tiny_model, "exact")
+    (sentence,) = caplog.messages
+    assert "pip install 'cots[cpu]'" in sentence
+
+
+def test_a_structure_that_is_replaced_while_it_is_read_gives_way_to_the_next(
+    gallery: Gallery, tiny_model: RetrievalModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_engine(gallery.directory, "ivf")
+    begun: list[int] = []
+
+    def replaced() -> int:
+        begun.append(1)
+        if len(begun) == 1:
+            set_engine(gallery.directory, "hnsw")
+        return available_memory()
+
+    monkeypatch.setattr(structures, "available_memory", replaced)
+    assert_exact(gallery, tiny_model, "hnsw")
     assert caplog.messages == []
 
 
