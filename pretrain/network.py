@@ -1,13 +1,15 @@
 """What learns: the dual encoder and the heads of the token level, as one module that DistributedDataParallel wraps."""
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from cots.config import MaskedModelingConfig
+from cots.config import MaskedModelingConfig, PretrainConfig
 from cots.data.masking import HiddenWords, patch_mask
+from cots.errors import ConfigError
 from cots.model.dual_encoder import DualEncoder
 from cots.objectives.masked_modeling import MaskedModelingHead
 
@@ -107,6 +109,30 @@ def encode_items(encoder: DualEncoder, pixels: Tensor, counts: Counts) -> Tensor
     if pixels.ndim == 4:
         return encoder.encode_image(pixels).embedding
     return encoder.encode_video(pixels, counts)
+
+
+@torch.no_grad()
+def token_grid(encoder: DualEncoder, config: PretrainConfig) -> int:
+    """Tokens a side that the image tower makes of a training crop.
+
+    Counted, not divided: most convolutional networks round their map up, 65 px at a stride of 32 to three tokens.
+
+    Raises:
+        ConfigError: the tower does not take crops of another size than its own.
+    """
+    size, own = config.data.image_size, config.model.image_tower
+    if size is None or size == own.image_size:
+        return encoder.image_tower.grid
+    training = encoder.training
+    try:
+        tokens = encoder.eval().encode_image(torch.zeros(1, 3, size, size, dtype=torch.uint8)).tokens
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(
+            f"data.image_size is {size}, but {own.name} takes pictures of {own.image_size} px alone; leave it out, or "
+            f"set model.image_tower.image_size={size} too."
+        ) from error
+    encoder.train(training)
+    return math.isqrt(tokens.shape[1])
 
 
 def without_data(network: TrainingNetwork) -> TrainingNetwork:

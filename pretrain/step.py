@@ -47,6 +47,7 @@ class TrainingStep:
         network: the fp32 weights that are optimized.
         momentum: the momentum towers; `average`: the slow average that is shipped, if there is one.
         outline: the network without data, on the meta device.
+        grid: tokens a side that the image tower makes of a crop, which may be smaller than what it will see later.
         sharded: each rank holds a part of all these.
         low_precision: the towers compute in bf16.
     """
@@ -59,11 +60,12 @@ class TrainingStep:
         ranks: Ranks,
         tokenizer: CaptionTokenizer,
         visual_tokenizer: VisualTokenizer | None,
+        grid: int,
     ) -> None:
         training = config.training
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.network, self.objective = network, objective
-        self.tokenizer, self.visual_tokenizer = tokenizer, visual_tokenizer
+        self.tokenizer, self.visual_tokenizer, self.grid = tokenizer, visual_tokenizer, grid
         self.sharded = training.sharding == "sharded" and ranks.count > 1
         self.low_precision = uses_bf16(training.precision, self.device)
         dtype = torch.bfloat16 if self.low_precision else None
@@ -193,11 +195,9 @@ class TrainingStep:
         words: HiddenWords | None = None
         if self.visual_tokenizer is not None:
             first = pixels if pixels.ndim == 4 else pixels[:, 0]
-            # of crops, which may be smaller than what the tower will see later
-            grid = first.shape[-1] // self.network.encoder.image_tower.stride
-            places = hide_patches(len(first), grid, masked.image_share, self.device)
-            tokens = self.visual_tokenizer.tokens(first, grid) if stored is None else stored
-            patches = HiddenPatches(places, tokens.gather(1, places), grid)
+            places = hide_patches(len(first), self.grid, masked.image_share, self.device)
+            tokens = self.visual_tokenizer.tokens(first, self.grid) if stored is None else stored
+            patches = HiddenPatches(places, tokens.gather(1, places), self.grid)
         if masked.text_weight:
             captions = len(token_ids) // len(pixels)
             tokenizer = self.tokenizer

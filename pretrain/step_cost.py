@@ -57,13 +57,12 @@ def step_flops(stepper: "TrainingStep", batch_size: int, frames: int = 1) -> flo
     momentum = copy.deepcopy(network.encoder).eval()
 
     stored = stepper.config.objective.masked_modeling.stored_tokens
-    places = (size // network.encoder.image_tower.stride) ** 2
 
     def take(count: int) -> None:
         shape = (count, frames, 3, size, size) if frames > 1 else (count, 3, size, size)
         token_ids = torch.ones(count * data.captions_per_item, model.text_tower.max_length, dtype=torch.int64)
         batch = Batch(torch.zeros(shape, dtype=torch.uint8), token_ids, torch.arange(count)).to(meta)
-        named = torch.zeros(count, places, dtype=torch.int64, device=meta) if stored else None
+        named = torch.zeros(count, twin.grid**2, dtype=torch.int64, device=meta) if stored else None
         patches, words = twin.hide(batch.pixels, batch.token_ids, named)
         output = network(batch.pixels, batch.token_ids, patches, words)
         loss = twin.objective(twin.pair_features(output, batch, momentum=momentum)).loss

@@ -41,7 +41,7 @@ from pretrain.flops import matrix_rate
 from pretrain.loader import Batch, StepSampler, TablePairs, name_of, open_source, training_loader
 from pretrain.loader_workers import start_server
 from pretrain.model_card import model_card
-from pretrain.network import TrainingNetwork
+from pretrain.network import TrainingNetwork, token_grid
 from pretrain.optimizer import rate_factor
 from pretrain.pixel_cache import PixelCache, cached_batches
 from pretrain.report import write_report
@@ -141,11 +141,10 @@ class Run:
         self.items_since_log: list[list[int]] = []
 
     def _tokenized_pairs(self) -> TokenizedPairs:
-        data, image_tower = self.config.data, self.stepper.network.encoder.image_tower
+        data, seed = self.config.data, self.config.training.seed
         size = data.image_size or self.config.model.image_tower.image_size
         named_by = load_visual_tokenizer(self.config.objective.masked_modeling.visual_tokenizer).fingerprint()
-        seed, grid = self.config.training.seed, size // image_tower.stride
-        return TokenizedPairs(self.sources, self.tokenizer, data, size, grid, named_by, seed)
+        return TokenizedPairs(self.sources, self.tokenizer, data, size, self.stepper.grid, named_by, seed)
 
     def train(self) -> None:
         """Take every step that is left, or those until SIGTERM."""
@@ -325,7 +324,7 @@ def create_step(config: PretrainConfig, ranks: Ranks) -> TrainingStep:
     torch.manual_seed(config.training.seed)
     tokenizer = starting_tokenizer(config)
     encoder = starting_encoder(config, tokenizer)
-    _refuse_misfit_crops(encoder, config)
+    grid = token_grid(encoder, config)
     masked = config.objective.masked_modeling
     visual_tokenizer: VisualTokenizer | None = None
     if masked.image_weight:
@@ -334,24 +333,7 @@ def create_step(config: PretrainConfig, ranks: Ranks) -> TrainingStep:
     network = TrainingNetwork(encoder, masked, visual_tokenizer.codebook_size if visual_tokenizer else 0)
     network.to(ranks.device).to(memory_format=torch.channels_last)
     objective = CollaborativeObjective(config.objective, config.model.embedding_dim).to(ranks.device)
-    return TrainingStep(network, objective, config, ranks, tokenizer, visual_tokenizer)
-
-
-@torch.no_grad()
-def _refuse_misfit_crops(encoder: DualEncoder, config: PretrainConfig) -> None:
-    """Raises ConfigError if the image tower does not take crops of another size than its own."""
-    size, own = config.data.image_size, config.model.image_tower
-    if size is None or size == own.image_size:
-        return
-    training = encoder.training
-    try:
-        encoder.eval().encode_image(torch.zeros(1, 3, size, size, dtype=torch.uint8))
-    except (AssertionError, RuntimeError) as error:
-        raise ConfigError(
-            f"data.image_size is {size}, but {own.name} takes pictures of {own.image_size} px alone; leave it out, or "
-            f"set model.image_tower.image_size={size} too."
-        ) from error
-    encoder.train(training)
+    return TrainingStep(network, objective, config, ranks, tokenizer, visual_tokenizer, grid)
 
 
 def _checkpoint_to_resume(directory: Path, resume: bool) -> Path | None:

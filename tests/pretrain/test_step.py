@@ -124,6 +124,22 @@ def _pairs_of_others(run: Run) -> PairFeatures:
     return PairFeatures(unit[0], unit[1], ids, unit[0], unit[1], ids)
 
 
+@pytest.mark.parametrize(("image_size", "crop"), [(65, None), (100, 70), (96, 64)])
+def test_hidden_patches_are_those_of_the_tower(
+    make_config: MakeConfig, every_level: dict, image_size: int, crop: int | None
+) -> None:
+    """A convolutional network rounds its map up: 65 px, 32 to a token, are three tokens a side."""
+    model = make_config().model.model_dump()
+    model["image_tower"] = {"name": "test_efficientnet", "image_size": image_size, "pooling": "mean"}
+    run = Run(make_config(model=model, objective=every_level, data={"image_size": crop}), ALONE)
+    batch = next(run._batches())
+    patches, _ = run.stepper.hide(batch.pixels, batch.token_ids)
+    tokens = run.stepper.network.encoder.encode_image(batch.pixels).tokens
+    run.telemetry.close()
+    assert patches is not None
+    assert patches.grid**2 == tokens.shape[1]
+
+
 def test_both_encodings_of_a_part_draw_the_same_dropout(make_config: MakeConfig) -> None:
     """The embeddings that gave the gradient are those that it is applied to."""
     run = Run(make_config(model=_with_dropout(make_config()), training={"accumulation": 2}), ALONE)
