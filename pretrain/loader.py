@@ -25,7 +25,7 @@ from torch.utils.data import Dataset, Sampler
 
 from cots.config import DataConfig, SourceConfig
 from cots.data.image_io import open_image
-from cots.data.media_kind import HEADER_BYTES, sniff
+from cots.data.media_kind import HEADER_BYTES, MEDIA_EXTENSIONS, sniff
 from cots.data.samples import Sample, iter_samples
 from cots.data.shards import MEMBER_SEPARATOR, TarIndex, read_captions
 from cots.data.transforms import TrainingTransform
@@ -149,10 +149,19 @@ class ShardPairs:
             captions, fields = read_captions(parts)
         except ValueError as error:
             raise MediaError("", f"its captions cannot be read ({error})") from error
-        media = [content for extension, content in parts.items() if extension not in ("json", "txt", "cls")]
-        if not media or not captions:
-            raise MediaError("", "it has no caption" if media else "the shard holds no picture for it")
-        return Pair(media[0], captions, str(fields.get("group", "")), parts)
+        media = _media_of(parts)
+        if media is None or not captions:
+            raise MediaError("", "the shard holds no picture for it" if media is None else "it has no caption")
+        captions = tuple(caption.encode(errors="replace").decode() for caption in captions)  # JSON has half characters
+        group = fields.get("group")
+        return Pair(media, captions, "" if group is None else str(group), parts)
+
+
+def _media_of(parts: Mapping[str, bytes]) -> bytes | None:
+    """The picture or clip of a key, by its extension; else the first member that is no text."""
+    named = [extension for extension in parts if extension.rpartition(".")[2] in MEDIA_EXTENSIONS]
+    others = [extension for extension in parts if extension not in ("json", "txt", "cls")]
+    return parts[(named or others)[0]] if others else None
 
 
 class TablePairs:
@@ -209,7 +218,9 @@ def open_source(config: SourceConfig) -> PairSource:
     Raises:
         SourceError: it does not exist or holds no pair.
     """
-    tars = sorted(glob.glob(os.path.expanduser(config.path))) if config.path.endswith(".tar") else []
+    path, tars = os.path.expanduser(config.path), []
+    if path.endswith(".tar"):
+        tars = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))  # a name may hold brackets
     source: PairSource = ShardPairs(tars) if tars else TablePairs(config.path)
     if len(source) == 0:
         raise SourceError(f"The source {config.path} holds no pair of a picture and a caption.")
@@ -325,8 +336,11 @@ def steps_per_epoch(lengths: Sequence[int], weights: Sequence[float], batch_size
     """Whole global batches in an epoch.
 
     Raises:
-        SourceError: an epoch has fewer samples than a batch.
+        SourceError: an epoch has fewer samples than a batch, or none of a source.
     """
+    for length, weight in zip(lengths, weights):
+        if round(length * weight) == 0:
+            raise SourceError(f"{length} items of weight {weight:g} in data.train are none an epoch; raise it.")
     samples = sum(round(length * weight) for length, weight in zip(lengths, weights))
     if samples < batch_size:
         raise SourceError(
@@ -341,8 +355,7 @@ def epoch_order(lengths: Sequence[int], weights: Sequence[float], seed: int, epo
     parts, start = [], 0
     for length, weight in zip(lengths, weights):
         whole, rest = divmod(round(length * weight), length)
-        parts += [np.arange(length)] * whole + [random.permutation(length)[:rest]]
-        parts[len(parts) - whole - 1 :] = [part + start for part in parts[len(parts) - whole - 1 :]]
+        parts += [start + part for part in ([np.arange(length)] * whole + [random.permutation(length)[:rest]])]
         start += length
     return random.permutation(np.concatenate(parts))
 

@@ -1,3 +1,5 @@
+import io
+import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +73,11 @@ def test_a_loader_that_starts_at_a_step_goes_on_as_one_that_came_there() -> None
 def test_an_epoch_smaller_than_a_batch_is_refused() -> None:
     with pytest.raises(SourceError, match=r"5 samples, fewer than a batch of 6; lower training\.batch_size"):
         steps_per_epoch([10], [0.5], 6)
+
+
+def test_a_source_of_which_an_epoch_has_nothing_is_refused() -> None:
+    with pytest.raises(SourceError, match=r"40 items of weight 0\.01 in data\.train are none an epoch; raise it"):
+        steps_per_epoch([100, 40], [1.0, 0.01], 6)
 
 
 @pytest.fixture
@@ -155,3 +162,53 @@ def test_a_table_with_a_row_for_each_caption_has_an_item_for_each_picture(tmp_pa
     captions = [source.read(index).captions for index in range(2)]
     assert captions == [("a dog", "a brown dog, asleep"), ("a cat",)]
     assert [(Path(error.path).name, error.reason) for error in source.left_out] == [("c.png", "it has no caption")]
+
+
+def _shard(path: Path, *items: dict[str, bytes]) -> Path:
+    """A shard of some items, given as their members by extension."""
+    with tarfile.open(path, "w") as tar:
+        for number, members in enumerate(items):
+            for extension, content in members.items():
+                info = tarfile.TarInfo(f"{number:03}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_an_item_without_a_group_is_a_group_of_its_own(tmp_path: Path) -> None:
+    """Else all items that say `null` would be relevant to each other's captions."""
+    groups = (b"", b', "group": null', b', "group": 7', b', "group": "g"')
+    items = ({"png": b"1", "json": b'{"captions": ["a dog"]%s}' % group} for group in groups)
+    source = open_source(SourceConfig(path=str(_shard(tmp_path / "a.tar", *items))))
+    assert [source.read(index).group for index in range(4)] == ["", "", "7", "g"]
+
+
+def test_half_a_character_in_a_caption_is_replaced(batches: Callable[..., list[Batch]], tmp_path: Path) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(picture, "PNG")
+    item = {"png": picture.getvalue(), "json": rb'{"captions": ["a \ud83d dog"]}'}
+    path = _shard(tmp_path / "a.tar", *[item] * 8)
+    assert open_source(SourceConfig(path=str(path))).read(0).captions == ("a ? dog",)
+    assert batches(path=path)[0].token_ids.shape == (16, 16)
+
+
+def test_the_picture_is_found_among_other_members(tmp_path: Path) -> None:
+    text = {"json": b'{"captions": ["a dog"]}'}
+    items = (
+        {"clip.npy": b"array", "jpg": b"picture", **text},
+        {"left.JPG": b"picture", "npy": b"array", **text},
+        {"img": b"picture", **text},
+    )
+    source = open_source(SourceConfig(path=str(_shard(tmp_path / "a.tar", *items))))
+    assert [source.read(index).media for index in range(3)] == [b"picture"] * 3
+
+
+def test_shards_are_found_at_any_depth_and_by_names_with_brackets(tmp_path: Path) -> None:
+    item = {"png": b"1", "json": b'{"captions": ["a dog"]}'}
+    (tmp_path / "deep" / "deeper").mkdir(parents=True)
+    _shard(tmp_path / "deep" / "a.tar", item)
+    _shard(tmp_path / "deep" / "deeper" / "b.tar", item, item)
+    assert len(open_source(SourceConfig(path=str(tmp_path / "**" / "*.tar")))) == 3
+    _shard(tmp_path / "1.tar", item)
+    _shard(tmp_path / "[1].tar", item, item)
+    assert len(open_source(SourceConfig(path=str(tmp_path / "[1].tar")))) == 2
