@@ -230,8 +230,8 @@ def _markup(examples: Sequence[str]) -> str:
 
 
 def _joined(parts: list[str]) -> str:
-    """Parts of a line that may break between them, but not inside one."""
-    return " · ".join(f"<span>{part}</span>" for part in parts)
+    """Parts of a line that may break between them, but not inside one; the style sheet puts dots between neighbours."""
+    return " ".join(f"<span>{part}</span>" for part in parts)
 
 
 def _ms(milliseconds: float) -> str:

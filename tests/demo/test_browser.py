@@ -223,6 +223,26 @@ def test_a_long_name_of_a_source_stays_on_a_narrow_screen(page: Page) -> None:
     assert len({tuple(edge) for edge in edges}) == 1
 
 
+@pytest.mark.parametrize("width", [1440, 320])
+def test_dots_stand_between_the_parts_of_the_timing_line_and_at_no_edge(page: Page, width: int) -> None:
+    page.open("?q=a+dog", width, 844)
+    page.wait_for_results()
+    assert "·" not in page.one(".timing").text
+    left, right, parts = page.run(
+        "const line = document.querySelector('.timing').getBoundingClientRect();"
+        "return [line.left, line.right, [...document.querySelectorAll('.timing span')].map((part) => {"
+        "const { left, right, top } = part.getBoundingClientRect();"
+        "return [left, right, top, left + parseFloat(getComputedStyle(part, '::before').left)]; })]"
+    )
+    tops = [top for _, _, top, _ in parts]
+    assert (len(set(tops)) == 1) is (width == 1440)
+    for place, (start, end, top, dot) in enumerate(parts):
+        leads = place == 0 or tops[place - 1] != top
+        assert (dot < left) is leads, "the first of a line has its dot outside, where it is clipped"
+        assert leads or parts[place - 1][1] < dot < start
+        assert end <= right + 0.5
+
+
 def test_words_of_captions_are_offered_only_where_there_are_captions(
     page: Page, media_folder: Path, tiny_model: RetrievalModel, tmp_path: Path
 ) -> None:
