@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from cots.data.image_io import open_image
 from cots.embedded import EMBEDDED_GALLERY
-from cots.errors import CotsError
+from cots.errors import CotsError, GalleryError
 from demo.cards import cards
 from demo.engine import PICTURE_SIDE, Engine, Shelf
 from index.search import SearchResult
@@ -169,6 +169,8 @@ def answer(engine: Engine, ask: Ask) -> dict[str, Any]:
     else:
         picture = engine.picture(ask.picture) if ask.picture else None
         like = None if ask.like == "" else ask.like
+        if like is not None:
+            require_item(shelf, like)
         result = engine.search(ask.text, picture, ask.without, ask.kind, ask.source, like, ask.k + 1, ask.ranking)
         hits = result.hits[ask.skip :]
         timing = times(result, shelf)
@@ -183,6 +185,21 @@ def answer(engine: Engine, ask: Ask) -> dict[str, Any]:
         "sources": list(shelf.sources),
         "captioned": shelf.captioned,
     }
+
+
+def require_item(shelf: Shelf, like: int) -> None:
+    """Refuse an address that was kept longer than the item it starts from, in words of the page.
+
+    Raises:
+        CotsError: no row has this id.
+    """
+    try:
+        shelf.searcher.gallery.row(like)
+    except GalleryError as error:
+        raise CotsError(
+            "What this search starts from is no longer in the gallery; remove it from the search box and look for "
+            "something else."
+        ) from error
 
 
 def nothing_found(ask: Ask) -> str:

@@ -31,6 +31,7 @@ function asked() {
 
 function showToken(address, name) {
   token.hidden = false;
+  token.classList.remove("gone");
   token.querySelector("img").src = address;
   token.querySelector(".token-name").textContent = name;
   text.placeholder = name === "Like this" ? "" : "Add words";
@@ -43,6 +44,7 @@ function dropToken() {
   text.placeholder = placeholder;
 }
 const placeholder = text.placeholder;
+token.querySelector("img").addEventListener("error", () => token.classList.add("gone")); // removed since, or its file is
 
 async function takePicture(file) {
   const mine = ++turn;

@@ -163,6 +163,19 @@ def test_more_like_this_from_a_card_and_from_the_viewer(page: Page) -> None:
         assert page.one(".token").is_displayed()
 
 
+def test_a_search_like_an_item_that_was_removed_says_so_without_a_broken_picture(page: Page) -> None:
+    for width in (1440, 390):
+        page.open(width=width)
+        page.driver.get(f"{page.address}/?like=99999")
+        page.wait("document.querySelector('.token.gone')")
+        assert page.wait_for_message().startswith("What this search starts from is no longer in the gallery")
+        assert not page.one(".token img").is_displayed()
+        assert page.one(".token-name").text == "Like this"
+    page.one(".token-remove").click()
+    page.wait("document.querySelector('.cots .card') && !location.search")
+    assert not page.one(".token").is_displayed()
+
+
 def test_a_long_caption_is_read_from_its_beginning(page: Page) -> None:
     page.open()
     page.run("document.querySelector('.cots .card').dataset.caption = 'a long caption '.repeat(200)")
