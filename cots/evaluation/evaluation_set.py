@@ -5,6 +5,7 @@ read_evaluation_set reads it from a file; `cots.evaluation.protocols` from a dat
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from cots.data.frame_sampling import EVERY_SECOND, FrameSampling
 from cots.data.media_kind import Kind
 from cots.data.samples import Sample, iter_samples
+from cots.data.shards import MEMBER_SEPARATOR
 from cots.data.tables import TABLE_EXTENSIONS, read_items
 from cots.errors import EvaluationError, MediaError, SourceError
 from cots.evaluation.media_folder import copies_among, some
@@ -111,7 +113,8 @@ def read_evaluation_set(file: str | Path) -> EvaluationSet:
     silent = [item.name for item in items if not item.captions]
     if silent:
         raise EvaluationError(f"{len(silent)} items of {file} have no caption, the first is {silent[0]}.")
-    return EvaluationSet(str(file), _kind(file, samples), items, warnings=_copies(items) if is_table else ())
+    warnings = _copies(items) if is_table else _mixture(samples)
+    return EvaluationSet(str(file), _kind(file, samples), items, warnings=warnings)
 
 
 def _kind(file: Path, samples: dict[str, Sample]) -> Kind:
@@ -128,6 +131,15 @@ def _kind(file: Path, samples: dict[str, Sample]) -> Kind:
             f"of {len(samples)} are {rarer}s: {some(paths[rarer])}."
         )
     return next(iter(paths))
+
+
+def _mixture(samples: dict[str, Sample]) -> tuple[str, ...]:
+    """A warning of the shards that a folder or a glob stands for: perhaps also of those that were trained on."""
+    shards = Counter(path.rpartition(MEMBER_SEPARATOR)[0] or sample.source for path, sample in samples.items())
+    if len(shards) < 2:
+        return ()
+    named = some(f"{shard} ({count:,})" for shard, count in shards.items())
+    return (f"{len(shards)} files are measured as one set of {len(samples):,} items: {named}",)
 
 
 def _copies(items: tuple[Item, ...]) -> tuple[str, ...]:

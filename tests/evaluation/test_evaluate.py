@@ -222,6 +222,24 @@ def test_folds_are_galleries_of_their_own(pictures: list[dict], tmp_path: Path, 
         assert folded.rankings[way].ranks.tolist() == apart
 
 
+@pytest.mark.parametrize("source", [".", "*.tar"])
+def test_shards_that_are_measured_as_one_set_are_named(pictures: list[dict], tmp_path: Path, source: str) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name, rows in (("train.tar", pictures[:4]), ("val.tar", pictures[4:7])):
+        with tarfile.open(shards / name, "w") as shard:
+            for row in rows:
+                content = row["captions"][0].encode()
+                member = tarfile.TarInfo(row["image"].replace(".png", ".txt"))
+                member.size = len(content)
+                shard.add(tmp_path / row["image"], row["image"])
+                shard.addfile(member, io.BytesIO(content))
+    (warning,) = read_evaluation_set(shards / source).warnings
+    assert warning.startswith("2 files are measured as one set of 7 items: ")
+    assert warning.endswith(f"{shards}/train.tar (4), {shards}/val.tar (3)")
+    assert read_evaluation_set(shards / "val.tar").warnings == ()
+
+
 def test_paths_with_dots_name_one_item(pictures: list[dict], tmp_path: Path, tiny_model: RetrievalModel) -> None:
     (tmp_path / "lists").mkdir()
     for row in pictures:
