@@ -76,6 +76,7 @@ def as_text(document: dict[str, Any]) -> str:
             *_aligned([("", list(FIGURES)), *result_rows(document)]),
             f"RSum {document['RSum']:.1f} [{low:.1f}, {high:.1f}]",
             f"in brackets: 95 % intervals, {document['intervals']['method']}",
+            "ranks are pessimistic: ties count against the model",
             "",
             *_aligned([(document["normalised"]["note"] + ":", list(FIGURES)), *normalised_rows(document)]),
             "",

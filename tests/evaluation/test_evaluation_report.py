@@ -93,6 +93,7 @@ def test_the_tables_hold_every_figure(photos: EvaluationResult) -> None:
                 assert f"{value:.1f} [{low:.1f}, {high:.1f}]" in text
         assert f"RSum {document['RSum']:.1f}" in text
         assert "uses the whole test set" in text
+        assert "anks are pessimistic: ties count against the model" in text
         assert document["protocol"] in text
         assert "could not be read and count as never found" in text
 
