@@ -208,12 +208,13 @@ def find_protocol(name: str) -> Protocol:
     """The protocol of a name.
 
     Raises:
-        EvaluationError: there is none; the message names the nearest.
+        EvaluationError: there is none; the message names those that begin so, or the nearest.
     """
     if name in PROTOCOLS:
         return PROTOCOLS[name]
-    near = difflib.get_close_matches(name, PROTOCOLS, n=1)
-    hint = f"did you mean {near[0]}?" if near else "`cots evaluate --list` shows all."
+    begun = [protocol for protocol in PROTOCOLS if protocol.startswith(name)]
+    near = begun or difflib.get_close_matches(name, PROTOCOLS, n=1)
+    hint = f"did you mean {' or '.join(near)}?" if near else "`cots evaluate --list` shows all."
     raise EvaluationError(f"There is no protocol and no file {name}; {hint}")
 
 

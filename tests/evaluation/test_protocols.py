@@ -193,6 +193,8 @@ def test_a_missing_annotation_file_says_where_to_get_it(tmp_path: Path) -> None:
         open_protocol("coco_5k", tmp_path / "nowhere")
     with pytest.raises(EvaluationError, match=r"no protocol and no file msrvtt_1k; did you mean msrvtt_1ka\?"):
         open_protocol("msrvtt_1k", tmp_path)
+    with pytest.raises(EvaluationError, match="did you mean msrvtt_1ka or msrvtt_full or msrvtt_7k or msrvtt_9k"):
+        open_protocol("msrvtt", tmp_path)
 
 
 def test_an_annotation_file_in_another_encoding_or_format_is_refused(tmp_path: Path) -> None:
