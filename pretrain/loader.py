@@ -352,11 +352,10 @@ def steps_per_epoch(lengths: Sequence[int], weights: Sequence[float], batch_size
 def epoch_order(lengths: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> np.ndarray:
     """Sample indices of an epoch, shuffled: each source repeated by its weight, the fraction of it drawn at random."""
     random = np.random.default_rng([seed, epoch])
-    parts, start = [], 0
-    for length, weight in zip(lengths, weights):
+    parts = []
+    for start, length, weight in zip(np.cumsum([0, *lengths]), lengths, weights):
         whole, rest = divmod(round(length * weight), length)
         parts += [start + part for part in ([np.arange(length)] * whole + [random.permutation(length)[:rest]])]
-        start += length
     return random.permutation(np.concatenate(parts))
 
 
