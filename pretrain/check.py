@@ -17,11 +17,12 @@ from cots.config import PretrainConfig, SourceConfig
 from cots.errors import CotsError, TrainingError
 from cots.model.caption_tokenizer import CaptionTokenizer
 from pretrain.checkpoint import latest_checkpoint
-from pretrain.loader import TablePairs, open_source, steps_per_epoch
+from pretrain.loader import open_source, steps_per_epoch
 from pretrain.source_check import TINY, ItemFacts, Leak, SourceFacts, find_leaks, look_at
 from pretrain.start import starting_tokenizer
 from pretrain.trial import Trial, try_out
-from pretrain.validation import refuse_test_split
+from pretrain.unusable import entries_left_out
+from pretrain.validation import open_validation_source
 
 _NAMED = 3  # examples of each finding
 _ALL_PIECES = 1000  # word pieces after which a caption is not counted further
@@ -105,9 +106,7 @@ def _look_at_sources(config: PretrainConfig, tokenizer: CaptionTokenizer | None,
     roles += [("validation", source) for source in config.data.validation]
     for role, source in roles:
         try:
-            if role == "validation":
-                refuse_test_split(source.path)
-            pairs = open_source(source)
+            pairs = open_validation_source(source) if role == "validation" else open_source(source)
         except CotsError as error:
             report.problems.append(_sentence(str(error)))
             continue
@@ -161,7 +160,7 @@ def _judge_items(config: PretrainConfig, source: SourceFacts, report: CheckRepor
             report.problems.append(f"{text} That is more than data.max_bad_share={allowed:g} allows.")
         else:
             report.warnings.append(f"{text} They will be skipped.")
-    left_out = source.source.left_out if isinstance(source.source, TablePairs) else []
+    left_out = entries_left_out(source.source)
     if left_out:
         shown = "; ".join(f"{_short(error.path)}: {error.reason}" for error in left_out[:_NAMED])
         report.warnings.append(f"{source.path}: {_count(len(left_out), 'entry', 'entries')} left out. {shown}.")

@@ -19,7 +19,7 @@ from pretrain.loader import open_source, steps_per_epoch
 from pretrain.source_check import SourceFacts, find_leaks, look_at
 from pretrain.tokenizer_pictures import Squares
 from pretrain.tokenizer_training import TokenizerRun
-from pretrain.validation import refuse_test_split
+from pretrain.validation import open_validation_source
 
 _PICTURES = 32  # of the trial step, at most
 _NAMED = 3  # broken items of a source
@@ -66,9 +66,8 @@ def _look_at_sources(config: VisualTokenizerTrainingConfig, problems: list[str])
     for role, settings in (("train", config.data.train), ("validation", config.data.validation)):
         for source in settings:
             try:
-                if role == "validation":
-                    refuse_test_split(source.path)
-                found.append(look_at(role, source.path, open_source(source), None, config.data, size))
+                pairs = open_validation_source(source) if role == "validation" else open_source(source)
+                found.append(look_at(role, source.path, pairs, None, config.data, size))
             except CotsError as error:
                 problems.append(str(error))
     return found

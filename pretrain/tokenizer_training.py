@@ -44,6 +44,7 @@ from pretrain.telemetry import Telemetry, no_number
 from pretrain.tokenizer_objective import TokenizerObjective, draw_far_patches, kl_weight, temperature_at
 from pretrain.tokenizer_pictures import Bad, SquareFrames, Squares, decode_all, squares_from_loader, squares_in_memory
 from pretrain.tokenizer_validation import TokenizerValidation
+from pretrain.unusable import name_left_out, too_many
 
 # what neither the weights nor the order of the samples hang on
 _FREE_ON_RESUMING = {
@@ -162,6 +163,7 @@ class TokenizerRun:
         """Take every step that is left, or those until SIGTERM."""
         training = self.config.training
         self.telemetry.say(self._introduction())
+        name_left_out(self.frames.sources, self.config.data.max_bad_share, self.telemetry.say)
         if training.resume and self.step == 0:
             self.telemetry.say(f"{self.directory} holds no checkpoint to go on from; this run starts from nothing.")
         with StopRequest(self.ranks) as stop:
@@ -341,7 +343,7 @@ class TokenizerRun:
     def _refuse_too_many_bad(self, bad: list[Bad], read: int, *, alike: bool) -> None:
         self.samples_bad += len(bad)
         self.telemetry.name_bad(bad, alike=alike)
-        if self.samples_bad > self.config.data.max_bad_share * max(read, 1000):
+        if too_many(self.samples_bad, read, self.config.data.max_bad_share):
             raise TrainingError(
                 f"{self.samples_bad} of {read} samples could not be read, more than data.max_bad_share allows; the "
                 f"last: {bad[-1][0] if bad else 'named above'}."

@@ -10,9 +10,8 @@ from torch import Tensor
 from cots.config import SourceConfig
 from cots.errors import TrainingError
 from cots.model.visual_tokenizer import VisualTokenizer
-from pretrain.loader import open_source
 from pretrain.tokenizer_pictures import decode_all
-from pretrain.validation import refuse_test_split
+from pretrain.validation import open_validation_source
 
 _AT_ONCE = 128
 _SHEET_COLUMNS = 12
@@ -25,14 +24,13 @@ class TokenizerValidation:
 
     Raises:
         ConfigError: a source is named like a test split, on which no tokenizer may be chosen.
-        TrainingError: an item of a source cannot be decoded.
+        SourceError, TrainingError: an entry of a source cannot be used, an item not be decoded.
     """
 
     def __init__(self, sources: Sequence[SourceConfig], image_size: int, workers: int) -> None:
         self._sets: dict[str, Tensor] = {}
         for config in sources:
-            refuse_test_split(config.path)
-            decoded = decode_all([open_source(config)], image_size, workers)
+            decoded = decode_all([open_validation_source(config)], image_size, workers)
             for name, reason in [*decoded.bad, *decoded.left_out]:
                 raise TrainingError(f"{name}: {reason}; a validation source must be whole, or figures do not compare.")
             self._sets[config.path] = decoded.frames

@@ -38,7 +38,7 @@ from pretrain.checkpoint import (
 )
 from pretrain.distributed import Ranks, StopRequest, process_group
 from pretrain.flops import matrix_rate
-from pretrain.loader import Batch, StepSampler, TablePairs, name_of, open_source, training_loader
+from pretrain.loader import Batch, StepSampler, name_of, open_source, training_loader
 from pretrain.loader_workers import start_server
 from pretrain.model_card import model_card
 from pretrain.network import TrainingNetwork, token_grid
@@ -50,6 +50,7 @@ from pretrain.step import TrainingStep, uses_bf16
 from pretrain.step_cost import StepCost
 from pretrain.stored_tokens import TokenizedPairs, tokenized_loader
 from pretrain.telemetry import Telemetry, no_number
+from pretrain.unusable import name_left_out, too_many
 from pretrain.validation import Metrics, Validation, criterion
 
 
@@ -150,9 +151,7 @@ class Run:
         """Take every step that is left, or those until SIGTERM."""
         training = self.config.training
         self.telemetry.say(self._introduction())
-        for source in self.sources:
-            for error in source.left_out if isinstance(source, TablePairs) else ():
-                self.telemetry.say(f"left out {error.path}: {error.reason}")
+        name_left_out(self.sources, self.config.data.max_bad_share, self.telemetry.say)
         if training.resume and self.step == 0:
             self.telemetry.say(f"{self.directory} holds no checkpoint to go on from; this run starts from nothing.")
         rate = matrix_rate(self.device)
@@ -296,8 +295,7 @@ class Run:
     def _refuse_too_many_bad(self, bad: list[tuple[str, str]], read: int, *, alike: bool) -> None:
         self.samples_bad += len(bad)
         self.telemetry.name_bad(bad, alike=alike)
-        allowed = self.config.data.max_bad_share * max(read, 1000)
-        if self.samples_bad > allowed:
+        if too_many(self.samples_bad, read, self.config.data.max_bad_share):
             raise TrainingError(
                 f"{self.samples_bad} of {read} samples could not be read, more than data.max_bad_share "
                 f"allows; the last: {bad[-1][0] if bad else 'named above'}."

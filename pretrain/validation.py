@@ -11,12 +11,13 @@ from torch.utils.data import Dataset
 
 from cots.config import SourceConfig
 from cots.data.square_transform import SquareTransform
-from cots.errors import ConfigError, MediaError
+from cots.errors import ConfigError, MediaError, SourceError
 from cots.evaluation.metrics import rank_embeddings, recall_sum, summary
 from cots.model.caption_tokenizer import CaptionTokenizer
 from cots.model.dual_encoder import DualEncoder
-from pretrain.loader import PairSource, item_id, open_source
+from pretrain.loader import Pair, PairSource, item_id, open_source
 from pretrain.read_all import read_all
+from pretrain.unusable import entries_left_out
 
 Metrics = dict[str, dict[str, float]]
 
@@ -61,11 +62,18 @@ class SourceCaptions:
 
 def captions_of(source: PairSource) -> SourceCaptions:
     """Read the captions of every item of a source, and which items they belong to."""
-    pairs = [source.read(index) for index in range(len(source))]
+    pairs = [_read(source, index) for index in range(len(source))]
     texts = [text for pair in pairs for text in pair.captions]
     owners = torch.arange(len(pairs)).repeat_interleave(torch.tensor([len(pair.captions) for pair in pairs]))
     labels = torch.tensor([item_id(pair, number) for number, pair in enumerate(pairs)])
     return SourceCaptions(texts, owners, labels, torch.tensor([pair.is_clip for pair in pairs]))
+
+
+def _read(source: PairSource, index: int) -> Pair:
+    try:
+        return source.read(index)
+    except MediaError as error:
+        raise MediaError(source.name(index), error.reason) from error
 
 
 @dataclass
@@ -92,6 +100,7 @@ class Validation:
 
     Raises:
         ConfigError: a source is named like a test split, on which no checkpoint may be chosen.
+        SourceError, MediaError: a source is not whole.
     """
 
     def __init__(
@@ -99,8 +108,7 @@ class Validation:
     ) -> None:
         self._sets: list[_ValidationSet] = []
         for config in sources:
-            refuse_test_split(config.path)
-            source = open_source(config)
+            source = open_validation_source(config)
             captions = captions_of(source)
             frames = ValidationFrames(source, transform)
             items = list(read_all(frames, workers))
@@ -146,6 +154,23 @@ def _pool(encoder: DualEncoder, frames: Tensor, counts: Tensor) -> Tensor:
         rows = (first[own, None] + torch.arange(count)).to(frames.device)
         pooled[own.to(frames.device)] = encoder.pool_frames(frames[rows])
     return pooled
+
+
+def open_validation_source(config: SourceConfig) -> PairSource:
+    """Open a source, of which no entry may be left out: recall over fewer items could not be compared.
+
+    Raises:
+        ConfigError: it is named like a test split.
+        SourceError: it does not exist, holds no pair, or has an entry that cannot be used.
+    """
+    refuse_test_split(config.path)
+    source = open_source(config)
+    if left_out := entries_left_out(source):
+        raise SourceError(
+            f"{len(left_out)} of {len(source) + len(left_out)} entries of {config.path} cannot be used, the first: "
+            f"{left_out[0]}; a validation source must be whole, or its recalls cannot be compared."
+        )
+    return source
 
 
 def refuse_test_split(path: str) -> None:

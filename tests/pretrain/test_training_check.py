@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,9 @@ from typer.testing import CliRunner
 
 from cots.cli import app
 from cots.config import PretrainConfig
-from cots.errors import TrainingError
+from cots.errors import MediaError, SourceError, TrainingError
 from pretrain.check import check, examine
+from pretrain.trainer import pretrain
 from pretrain.trial import try_out
 
 MakeConfig = Callable[..., PretrainConfig]
@@ -162,6 +164,37 @@ def test_rows_of_a_table_that_are_left_out_are_named(make_config: MakeConfig, tm
     assert "list.jsonl: 2 entries are left out" in text
     assert "b.png: no such file or directory" in text
     assert "mute.png: it has no caption" in text
+
+
+def test_too_many_entries_that_are_left_out_stop_the_run_as_its_check_says(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    for number in range(9):
+        (tmp_path / f"{number}.png").write_bytes(_encoded(_photo(number)))
+    rows = [{"path": f"{number}.png", "caption": "a red ball"} for number in range(20)]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = r"11 of 20 entries of data\.train cannot be used, more than data\.max_bad_share allows"
+    config = make_config(data=_only(tmp_path / "list.jsonl"))
+    with pytest.raises(TrainingError, match=words):
+        pretrain(config)
+    assert any(re.search(words, problem) for problem in examine(config).problems)
+
+
+def test_entries_that_a_validation_source_lacks_stop_the_run_as_its_check_says(
+    make_config: MakeConfig, shape_shard: WriteShard, tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(_encoded(_photo(1)))
+    rows = [{"path": f"{name}.png", "caption": "a red ball"} for name in "ab"]
+    table = tmp_path / "held_out.jsonl"
+    table.write_text("\n".join(map(json.dumps, rows)))
+    config = make_config(data={"validation": [{"path": str(table)}]})
+    words = r"1 of 2 entries of .*held_out\.jsonl cannot be used, the first: .*b\.png: no such file.*must be whole"
+    with pytest.raises(SourceError, match=words):
+        pretrain(config)
+    assert any(re.search(words, problem) for problem in examine(config).problems)
+    shard = shape_shard(tmp_path / "val.tar", {"mute.png": _encoded(_photo(1))})
+    with pytest.raises(MediaError, match=r"val\.tar::mute: it has no caption"):
+        pretrain(make_config("mute", data={"validation": [{"path": str(shard)}]}))
 
 
 def test_a_run_that_is_there_already_is_not_overwritten(make_config: MakeConfig, tmp_path: Path) -> None:
