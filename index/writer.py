@@ -62,7 +62,7 @@ class TableWriter:
         self._commit_when_due()
 
     def commit(self) -> None:
-        """Write what was collected; nothing after a commit that has failed.
+        """Write what was collected; nothing after a commit that has failed or was interrupted, whose rows may be there.
 
         Raises:
             GalleryError: the store fails, or another copy of the gallery has taken the table over.
@@ -72,7 +72,7 @@ class TableWriter:
         try:
             self._commit_rows()
             self._commit_labels()
-        except GalleryError:
+        except BaseException:
             self._given_up = True
             raise
         self._committed = time.monotonic()

@@ -5,13 +5,16 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from gallery_media import write_animation, write_picture
+from lancedb.table import LanceTable
 
 from cots.errors import GalleryError, MediaError, SourceError
 from cots.model.retrieval_model import RetrievalModel
+from index import writer
 from index.build import BuildReport, build, info, remove
 from index.check import check
 from index.gallery import Gallery, open_gallery
@@ -150,6 +153,24 @@ def test_files_that_are_gone_are_kept_and_named_until_pruned(
     assert counts(report) == {"unchanged": 13, "pruned": 2}
     assert (report.items, report.vectors) == (13, 17)
     assert check(gallery.directory) == []
+
+
+def test_ctrl_c_during_a_commit_doubles_nothing(
+    photos: Path, tmp_path: Path, tiny_model: RetrievalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = LanceTable.add
+
+    def interrupted(*arguments: Any) -> None:
+        add(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer, "COMMIT_SECONDS", -1.0)
+    monkeypatch.setattr(LanceTable, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build([photos], tmp_path / "gallery", tiny_model)
+    monkeypatch.undo()
+    assert counts(build([photos], tmp_path / "gallery", tiny_model)) == {"added": 14, "unchanged": 1}
+    assert check(tmp_path / "gallery") == []
 
 
 def test_a_member_that_left_its_shard_is_missing(tmp_path: Path, photos: Path, tiny_model: RetrievalModel) -> None:
