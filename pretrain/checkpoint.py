@@ -110,21 +110,47 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def refuse_other_training(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def refuse_other_training(
+    path: Path, before: dict[str, Any], now: dict[str, Any], free: dict[str, set[str]] = _FREE_ON_RESUMING
+) -> None:
     """A run goes on with the settings that it began with; how it reads, computes and logs may change.
+
+    Args:
+        free: the settings of each section that may; by default those of a training of the two towers.
 
     Raises:
         ConfigError: a setting that the weights, averages or the order of the samples hang on is another one.
     """
     if before.keys() != now.keys():
         raise ConfigError(f"{path} is of another kind of training; start a new training.output.")
-    for section, free in _FREE_ON_RESUMING.items():
+    for section in before:
         for name in before[section] | now[section]:
-            if name not in free and before[section].get(name) != now[section].get(name):
+            if name not in free.get(section, ()) and before[section].get(name) != now[section].get(name):
                 raise ConfigError(
                     f"{path} was trained with {section}.{name}={before[section].get(name)}, not "
                     f"{now[section].get(name)}; give the same value or start a new training.output."
                 )
+
+
+def refuse_other_items(path: Path, before: list[int] | None, now: list[int]) -> None:
+    """The place in the data is the number of the step, and the queues name items by their numbers: of other sources,
+    both mean something else.
+
+    Args:
+        before, now: how many items each training source has; None: the checkpoint is of a version that did not say.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    if before is not None and before != now:
+        raise ConfigError(
+            f"{path} was trained on sources of {_join(before)} items, which have {_join(now)} now; bring them back as "
+            "they were or start a new training.output."
+        )
+
+
+def _join(numbers: list[int]) -> str:
+    return " + ".join(f"{number:,}" for number in numbers)
 
 
 def random_state() -> list[dict[str, torch.Tensor]]:

@@ -305,7 +305,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         rank: int,
         ranks: int,
     ) -> None:
-        self.lengths, self.weights = lengths, weights
+        self.lengths, self.weights = list(lengths), weights
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.ranks = rank, ranks
         self.first_step = self.steps = 0

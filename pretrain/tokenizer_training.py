@@ -30,6 +30,8 @@ from pretrain.checkpoint import (
     latest_checkpoint,
     random_state,
     read_checkpoint,
+    refuse_other_items,
+    refuse_other_training,
     restore_random_state,
     save_checkpoint,
     writing_to,
@@ -305,6 +307,7 @@ class TokenizerRun:
             "config": self.config.model_dump(mode="json"),
             "step": self.step,
             "best": self.best,
+            "items": self.sampler.lengths,
             "samples": [self.samples_read, self.samples_bad],
             "tokenizer": self.tokenizer.state_dict(),
             "average": self.average.network.state_dict() if self.average else None,
@@ -319,20 +322,16 @@ class TokenizerRun:
         before, now = state["config"], self.config.model_dump(mode="json")
         if "tokenizer" not in state:
             raise ConfigError(f"{path} is of another kind of training; start a new training.output.")
-        for section in before:
-            for name in before[section].keys() | now[section].keys():
-                own = before[section].get(name), now[section].get(name)
-                if own[0] != own[1] and name not in _FREE_ON_RESUMING.get(section, ()):
-                    raise ConfigError(
-                        f"{path} was trained with {section}.{name}={own[0]}, not {own[1]}; give the same value or "
-                        "start a new training.output."
-                    )
+        refuse_other_training(path, before, now, _FREE_ON_RESUMING)
+        refuse_other_items(path, state.get("items"), self.sampler.lengths)
         self.tokenizer.load_state_dict(state["tokenizer"])
         if self.average is not None:
             self.average.network.load_state_dict(state["average"])
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.best = state["step"], state["best"]
+        self.step = state["step"]
+        if before["data"]["validation"] == now["data"]["validation"]:  # errors on other pictures do not compare
+            self.best = state["best"]
         if self.config.data.cache_side is None:
             self.samples_read, self.samples_bad = state["samples"]
         restore_random_state(state["random"], self.ranks.rank, self.ranks.count)

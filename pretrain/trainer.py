@@ -31,6 +31,7 @@ from pretrain.checkpoint import (
     latest_checkpoint,
     random_state,
     read_checkpoint,
+    refuse_other_items,
     refuse_other_training,
     restore_random_state,
     save_checkpoint,
@@ -267,6 +268,7 @@ class Run:
             "config": self.config.model_dump(mode="json"),
             "step": self.step,
             "best": self.best,
+            "items": self.sampler.lengths,
             "samples": [self.samples_read, self.samples_bad],
             "random": random,
             **parts,
@@ -278,9 +280,13 @@ class Run:
         before = state["config"]
         with suppress(ValidationError):  # of another kind of training, which is refused
             before = PretrainConfig.model_validate(before).model_dump(mode="json")  # what is newer has its default
-        refuse_other_training(path, before, self.config.model_dump(mode="json"))
+        now = self.config.model_dump(mode="json")
+        refuse_other_training(path, before, now)
+        refuse_other_items(path, state.get("items"), self.sampler.lengths)
         self.stepper.restore(state)
-        self.step, self.best = state["step"], state["best"]
+        self.step = state["step"]
+        if before["data"]["validation"] == now["data"]["validation"]:  # recalls on other pairs do not compare
+            self.best = state["best"]
         if self.config.data.cache_side is None:  # else all are read anew, and counted
             self.samples_read, self.samples_bad = state["samples"]
         restore_random_state(state["random"], self.ranks.rank, self.ranks.count)

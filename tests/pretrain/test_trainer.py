@@ -152,6 +152,31 @@ def test_a_run_goes_on_from_a_checkpoint_that_knows_fewer_settings(make_config: 
         pretrain(make_config(training={"epochs": 1, "resume": True}))
 
 
+def test_a_run_whose_sources_have_grown_does_not_go_on(
+    make_config: MakeConfig, shape_shard: WriteShard, tmp_path: Path
+) -> None:
+    shape_shard(tmp_path / "a.tar")
+    data = {"train": [{"path": str(tmp_path / "*.tar")}]}
+    pretrain(make_config(data=data, training={"epochs": 1}))
+    shape_shard(tmp_path / "b.tar")
+    with pytest.raises(ConfigError, match=r"trained on sources of 24 items, which have 48 now; bring them back"):
+        pretrain(make_config(data=data, training={"epochs": 1, "resume": True}))
+
+
+def test_recalls_on_other_validation_pairs_are_not_compared(
+    make_config: MakeConfig, shape_shard: WriteShard, tmp_path: Path
+) -> None:
+    run = pretrain(make_config(training={"checkpoint_steps": 9, "keep_checkpoints": 9}))
+    state = torch.load(run / "checkpoints" / "step-00000009.pt", weights_only=True)
+    state["best"] |= {"criterion": 600.0}
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()
+    torch.save(state, run / "checkpoints" / "step-00000009.pt")
+    easier = {"validation": [{"path": str(shape_shard(tmp_path / "held_out.tar"))}]}
+    pretrain(make_config(data=easier, training={"checkpoint_steps": 9, "keep_checkpoints": 9, "resume": True}))
+    assert "held_out.tar" in (run / "best" / "MODEL_CARD.md").read_text()
+
+
 def test_a_run_without_a_checkpoint_is_resumed_from_nothing(
     make_config: MakeConfig, capsys: pytest.CaptureFixture
 ) -> None:
