@@ -1,7 +1,7 @@
 """Build a gallery or bring it up to date, take items out, and say what it holds. `index.check` checks it."""
 
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -126,7 +126,7 @@ def build(
         known = KnownItems(gallery)
         writer = TableWriter(gallery, _reserve_ids(gallery))
         try:
-            wanted = _sort_out(chain(first, stream), known, writer, report, failed)
+            wanted = _sort_out(_each_once(chain(first, stream), gallery), known, writer, report, failed)
             begun = time.perf_counter()
             items = {sample.path: item for sample, item in wanted}
             samples = [sample for sample, _ in wanted]
@@ -219,6 +219,16 @@ def _reserve_ids(gallery: Gallery) -> int:
     next_id = max(gallery.manifest.next_id, (pc.max(ids).as_py() or 0) + 1)
     gallery.manifest.with_next_id(next_id).write(gallery.directory)
     return next_id
+
+
+def _each_once(samples: Iterable[Sample], gallery: Gallery) -> Iterator[Sample]:
+    """The first sample of each path as the table names it: the gallery's own files may be listed by two names."""
+    seen: set[str] = set()
+    for sample in samples:
+        stored = gallery.stored_path(sample.path)
+        if stored not in seen:
+            seen.add(stored)
+            yield sample
 
 
 def _sort_out(

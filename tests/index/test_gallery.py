@@ -17,6 +17,7 @@ import cots
 from cots.errors import GalleryError
 from cots.model.retrieval_model import RetrievalModel
 from index.build import build, info
+from index.check import check
 from index.gallery import Gallery, create_gallery, open_gallery
 from index.lock import writing
 from index.manifest import FORMAT, Manifest
@@ -152,6 +153,16 @@ def test_paths_inside_are_recognised_through_a_link(tmp_path: Path, tiny_model: 
     (tmp_path / "link").symlink_to(tmp_path / "real")
     build([tmp_path / "real" / "media"], tmp_path / "link", tiny_model)
     assert open_gallery(tmp_path / "real").row(1)["path"] == "media/inside.png"
+
+
+def test_a_file_inside_that_is_listed_by_two_names_is_one_item(tmp_path: Path, tiny_model: RetrievalModel) -> None:
+    picture = write_picture(tmp_path / "real" / "media" / "inside.png", 1)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    names = [tmp_path / "real" / "media", tmp_path / "link" / "media"]
+    assert build(names, tmp_path / "link", tiny_model).added == 1
+    write_picture(picture, 2)
+    assert build(names, tmp_path / "link", tiny_model).updated == 1
+    assert check(tmp_path / "link") == []
 
 
 def test_media_gives_a_path_or_a_shards_bytes(tmp_path: Path, gallery: Gallery, tiny_model: RetrievalModel) -> None:
