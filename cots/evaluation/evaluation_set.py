@@ -93,7 +93,8 @@ def read_evaluation_set(file: str | Path) -> EvaluationSet:
 
     Raises:
         SourceError: the file cannot be used as a source.
-        EvaluationError: a row is damaged, an item has no caption, or images and videos are mixed.
+        EvaluationError: the file is of another form, a row is damaged, an item has no caption, or images and videos are
+            mixed.
     """
     file = Path(file)
     is_table = file.suffix[1:].lower() in TABLE_EXTENSIONS and file.exists()
@@ -102,6 +103,10 @@ def read_evaluation_set(file: str | Path) -> EvaluationSet:
     samples = {sample.path: sample for sample in iter_samples([file], problems.append)}
     reasons = {error.path: error.reason for error in problems}
     rows = table or {path: (item.captions, _group(item)) for path, item in samples.items()}
+    if problems and not samples and file.is_file() and not is_table and file.suffix.lower() != ".tar":
+        raise EvaluationError(
+            f"{file} is no list of captioned items; give a .jsonl, .csv, .tsv or .parquet table, or a .tar shard."
+        )
     if problems and not is_table:  # captions are known only of what can be read, so the rest cannot count as missed
         raise EvaluationError(
             f"{len(problems)} parts of {file} cannot be used, the first: {problems[0]}; mend it or leave them out."

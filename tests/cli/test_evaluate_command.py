@@ -100,6 +100,8 @@ def test_what_is_refused(cots: Cots, media: Path, tmp_path: Path) -> None:
     assert_one_sentence(cots("evaluate", "msrvt_1ka", "--data", tmp_path), "did you mean msrvtt_1ka")
     assert_one_sentence(cots("evaluate", "coco_5k", "--data", tmp_path), r"needs dataset_coco\.json")
     assert_one_sentence(cots("evaluate", tmp_path / "none.jsonl"), "no file or folder")
+    (tmp_path / "pairs.json").write_text("[]")
+    assert_one_sentence(cots("evaluate", tmp_path / "pairs.json"), r"pairs\.json is no list of .*; give a \.jsonl, ")
     assert_one_sentence(cots("evaluate", "--compare", tmp_path / "a.json", tmp_path / "b.json"), "cannot be read")
     without = cots("evaluate", "coco_5k")
     assert without.code == 2
