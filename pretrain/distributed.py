@@ -44,13 +44,16 @@ def process_group(device: str) -> Iterator[Ranks]:
         ConfigError: the device does not exist.
     """
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if chosen.startswith("cuda") and not torch.cuda.is_available():
+    try:
+        target = torch.device(chosen)
+    except RuntimeError as error:
+        raise ConfigError(f"training.device {device!r} is no device that torch knows; set cpu or cuda.") from error
+    if target.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"training.device is {device!r}, but torch sees no GPU; set training.device=cpu.")
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
-        yield Ranks(0, 1, torch.device(chosen))
+        yield Ranks(0, 1, target)
         return
-    target = torch.device(chosen)
     if target.type == "cuda":
         target = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(target)
