@@ -287,7 +287,7 @@ def test_demo_serves_the_gallery_where_it_is_told(gallery: Path, tiny_model_dir:
         address = process.stdout.readline().split()[3]
         assert urllib.request.urlopen(address).status == 200
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=120)
     finally:
         process.kill()
     assert (process.returncode, errors) == (0, "")

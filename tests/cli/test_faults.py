@@ -235,7 +235,7 @@ def test_ctrl_c_during_a_build_loses_and_doubles_nothing(
             time.sleep(0.01)
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
     finally:
         process.kill()
     assert (process.returncode, out, err) == (130, "", "Interrupted.\n")

@@ -122,7 +122,7 @@ def test_launch_prints_its_address_serves_and_ends_quietly_on_ctrl_c(gallery: Pa
         assert address.startswith("http://127.0.0.1:")
         assert json.load(urllib.request.urlopen(f"{address}/config"))["title"].startswith("COTS")
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=120)
     finally:
         process.kill()
     assert errors == ""

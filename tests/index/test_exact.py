@@ -107,5 +107,5 @@ def test_a_forked_process_searches_as_well() -> None:
     index = ExactIndex(vectors, np.arange(9000))
     index.search(vectors[:1].astype(np.float32), 1)  # starts the threads, of which a child has none
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        _, found = pool.apply_async(index.search, (vectors[7:8].astype(np.float32), 1)).get(timeout=30)
+        _, found = pool.apply_async(index.search, (vectors[7:8].astype(np.float32), 1)).get(timeout=120)
     assert found.tolist() == [[7]]

@@ -163,7 +163,7 @@ def test_workers_end_with_the_build_and_what_is_done_is_kept(
             os.killpg(process.pid, end)
         else:
             process.kill()
-        _, said = process.communicate(timeout=30)  # waits until the last process that could write there has ended
+        _, said = process.communicate(timeout=120)  # waits until the last process that could write there has ended
     assert process.returncode == code
     assert [line for line in said.splitlines() if not line.isdecimal()] == []
     assert check(tmp_path / "gallery") == []
