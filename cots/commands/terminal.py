@@ -71,5 +71,5 @@ def on_one_line(value: Any) -> str:
 
 
 def clock(seconds: float) -> str:
-    minutes, rest = divmod(seconds, 60)
+    minutes, rest = divmod(round(seconds, 1), 60)
     return f"{int(minutes)}:{rest:04.1f}"
