@@ -1,6 +1,6 @@
 """Files that a gallery holds more than once: with the same bytes, or with nearly the same vector."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,7 @@ class Duplicates:
         return asdict(self)
 
 
-def find_duplicates(
-    gallery_dir: str | Path, threshold: float = THRESHOLD, progress: Callable[[int, int], None] | None = None
-) -> Duplicates:
+def find_duplicates(gallery_dir: str | Path, threshold: float = THRESHOLD) -> Duplicates:
     """Group the items that are the same or nearly so. Videos are compared by their pooled vectors, with videos only.
 
     All pairs are compared up to 200,000 different contents; of more, each is compared with its 32 nearest, as the
@@ -74,7 +72,6 @@ def find_duplicates(
     Args:
         gallery_dir: the gallery.
         threshold: cosine above 0 and at most 1.
-        progress: called with the number of contents compared and of all.
 
     Raises:
         GalleryError: there is no gallery, or the threshold is out of range.
@@ -89,7 +86,7 @@ def find_duplicates(
     near = []
     for videos in (False, True):
         rows = first[snapshot.videos[first] == videos]
-        near += _linked(gallery, snapshot, rows, threshold, progress)
+        near += _linked(gallery, snapshot, rows, threshold)
     return Duplicates(
         tuple(Group(1.0, _copies(gallery, snapshot, group)) for group in exact),
         tuple(Group(similarity, _copies(gallery, snapshot, group)) for similarity, group in near),
@@ -110,13 +107,7 @@ def _contents(gallery: Gallery, snapshot: Snapshot) -> list[list[int]]:
     return list(groups.values())
 
 
-def _linked(
-    gallery: Gallery,
-    snapshot: Snapshot,
-    rows: np.ndarray,
-    threshold: float,
-    progress: Callable[[int, int], None] | None,
-) -> list[tuple[float, list[int]]]:
+def _linked(gallery: Gallery, snapshot: Snapshot, rows: np.ndarray, threshold: float) -> list[tuple[float, list[int]]]:
     """Connected groups of two or more of the rows, with each group's similarity, the most similar first."""
     pairs_of = _all_pairs if len(rows) <= EXHAUSTIVE_ITEMS else _nearest_pairs
     leader = np.arange(len(rows))
@@ -128,14 +119,12 @@ def _linked(
             row = leader[row]
         return row
 
-    for done, (left, right, cosines) in pairs_of(gallery, snapshot, rows, threshold):
+    for left, right, cosines in pairs_of(gallery, snapshot, rows, threshold):
         np.maximum.at(nearest, left, cosines)
         np.maximum.at(nearest, right, cosines)
         for one, other in zip(left.tolist(), right.tolist()):
             one, other = find(one), find(other)
             leader[max(one, other)] = min(one, other)
-        if progress is not None:
-            progress(done, len(rows))
     groups: dict[int, list[int]] = {}
     for row in np.flatnonzero(nearest).tolist():
         groups.setdefault(find(row), []).append(row)
@@ -143,11 +132,11 @@ def _linked(
     return sorted(found, key=lambda pair: (-pair[0], pair[1]))
 
 
-_Pairs = tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]
+_Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _all_pairs(gallery: Gallery, snapshot: Snapshot, rows: np.ndarray, threshold: float) -> Iterator[_Pairs]:
-    """Every pair at or above the threshold once, as places in `rows` and cosines; and how many rows are done."""
+    """Every pair at or above the threshold once, some at a time, as places in `rows` and cosines."""
     vectors = snapshot.vectors[rows].astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)  # half precision has moved the norms a little
     for start in range(0, len(rows), BLOCK):
@@ -157,7 +146,7 @@ def _all_pairs(gallery: Gallery, snapshot: Snapshot, rows: np.ndarray, threshold
             left, right = np.nonzero(cosines >= threshold - COSINE_ERROR)
             kept = left + start < right + other
             left, right = left[kept], right[kept]
-            yield min(start + BLOCK, len(rows)), (left + start, right + other, cosines[left, right])
+            yield left + start, right + other, cosines[left, right]
 
 
 def _nearest_pairs(gallery: Gallery, snapshot: Snapshot, rows: np.ndarray, threshold: float) -> Iterator[_Pairs]:
@@ -172,7 +161,7 @@ def _nearest_pairs(gallery: Gallery, snapshot: Snapshot, rows: np.ndarray, thres
         left, column = np.nonzero(cosines >= threshold - COSINE_ERROR)
         right = places[left, column]
         kept = left + start != right
-        yield min(start + BLOCK, len(rows)), (left[kept] + start, right[kept], cosines[left, column][kept])
+        yield left[kept] + start, right[kept], cosines[left, column][kept]
 
 
 def _copies(gallery: Gallery, snapshot: Snapshot, positions: list[int]) -> tuple[Copy, ...]:
