@@ -29,22 +29,23 @@ def progress_bar(verb: str) -> Iterator[tuple[Callable[["Progress"], None], Call
         TextColumn(verb),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.0f}/s"),
+        TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
         transient=True,
     )
-    task = bar.add_task(verb, total=None, rate=0.0)
+    task = bar.add_task(verb, total=None, rate="")
     last_line = 0.0
 
     def show(progress: "Progress") -> None:
         nonlocal last_line
-        bar.update(task, completed=progress.done + progress.failed, total=progress.total, rate=progress.rate)
+        seen, rate = progress.done + progress.failed, per_second(progress.rate)
+        bar.update(task, completed=seen, total=progress.total, rate=rate)
         if not console.is_terminal and progress.seconds - last_line >= 5:
             last_line = progress.seconds
             eta = f", {progress.eta:.0f} s left" if progress.eta is not None else ""
-            print(f"{verb}: {progress.done} of {progress.total or '?'}, {progress.rate:.0f}/s{eta}", file=sys.stderr)
+            print(f"{verb}: {seen} of {progress.total or '?'}, {rate}{eta}", file=sys.stderr)
 
     def complain(error: "MediaError") -> None:
         console.print(f"unreadable: {error}", markup=False, highlight=False, soft_wrap=True)
@@ -68,6 +69,11 @@ def on_one_line(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}: {part}" for name, part in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def per_second(rate: float) -> str:
+    """Also of slow work, such as films on a laptop, more than a zero."""
+    return f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
 
 
 def clock(seconds: float) -> str:
