@@ -54,9 +54,7 @@ def main() -> None:
 @app.command()
 def pretrain(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/cots_mini.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings to change.")
-    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Settings to change.")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Only look at the sources, take one step, and say what the run will need.")
     ] = False,

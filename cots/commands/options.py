@@ -20,7 +20,7 @@ BatchSize = Annotated[
 ]
 Sources = Annotated[
     list[str],
-    typer.Argument(metavar="SOURCE...", help="Files, folders, globs, .tar shards, or .jsonl/.csv/.parquet tables."),
+    typer.Argument(metavar="SOURCE", help="Files, folders, globs, .tar shards, or .jsonl/.csv/.parquet tables."),
 ]
 
 

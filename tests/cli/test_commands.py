@@ -54,6 +54,8 @@ def test_help_shows_the_options(cots: Cots, command: str) -> None:
     outcome = cots(*command.split(), "--help")
     assert outcome.code == 0
     assert [option for option in OPTIONS[command] if option not in outcome.out] == []
+    usage = outcome.out.partition("\n\n")[0]
+    assert usage.count("...") == (command in ("index build", "embed", "pretrain"))
 
 
 def test_importing_and_help_load_nothing_heavy() -> None:
