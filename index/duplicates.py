@@ -154,10 +154,14 @@ def _nearest_pairs(gallery: Gallery, snapshot: Snapshot, rows: np.ndarray, thres
     index = open_engine(gallery)
     allowed = np.zeros(len(snapshot), bool)
     allowed[rows] = True
-    for start in range(0, len(rows), BLOCK):
+    starts = range(0, len(rows), BLOCK)
+    vectors = (snapshot.vectors[rows[start : start + BLOCK]].astype(np.float32) for start in starts)
+    norms = np.concatenate([np.linalg.norm(block, axis=1) for block in vectors])
+    for start in starts:
         queries = snapshot.vectors[rows[start : start + BLOCK]].astype(np.float32)
-        cosines, ids = index.search(queries, NEIGHBOURS, allowed)
+        products, ids = index.search(queries, NEIGHBOURS, allowed)
         places = np.searchsorted(rows, snapshot.positions(ids.ravel())).reshape(ids.shape)
+        cosines = products / (norms[start : start + BLOCK, None] * norms[places])  # as in `_all_pairs`
         left, column = np.nonzero(cosines >= threshold - COSINE_ERROR)
         right = places[left, column]
         kept = left + start != right
