@@ -46,7 +46,12 @@ def build(
     ] = None,
     recall: RecallTarget = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Embed by N processes: as many as there are GPUs.")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Embed by N processes, best one a GPU; by default by this one. With --cluster: by N actors.",
+        ),
     ] = None,
     cluster: Annotated[
         str | None,
@@ -138,7 +143,7 @@ def engine(
 
 @app.command("compact")
 def compact(gallery: GalleryDirectory) -> None:
-    """Merge the table's fragments, drop removed rows and old versions, and index new captions."""
+    """Merge the table's fragments, drop removed rows and old versions, and make the index of captions again."""
     from index.compaction import compact
 
     report = compact(gallery)
