@@ -135,6 +135,23 @@ def token_grid(encoder: DualEncoder, config: PretrainConfig) -> int:
     return math.isqrt(tokens.shape[1])
 
 
+def freeze_unused(encoder: DualEncoder, config: PretrainConfig) -> None:
+    """Let nothing of the encoder learn that no embedding hangs on, as DistributedDataParallel waits for the gradients
+    of all that does: layers of a timm network behind its features, a temporal transformer where items have one frame.
+    """
+    size = config.data.image_size or config.model.image_tower.image_size
+    frames = (2,) if config.data.frames_per_item > 1 else ()
+    training = encoder.training
+    image = encoder.eval().encode_image(torch.zeros(1, *frames, 3, size, size, dtype=torch.uint8))
+    text = encoder.encode_text(torch.ones(1, config.model.text_tower.max_length, dtype=torch.int64))
+    outputs = image.embedding, image.tokens, text.embedding, text.tokens
+    torch.stack([output.sum() for output in outputs]).sum().backward()
+    for parameter in encoder.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+    encoder.train(training)
+
+
 def without_data(network: TrainingNetwork) -> TrainingNetwork:
     """A copy that knows the shapes of its weights and buffers alone (the meta device), and takes no memory."""
     tensors: list[Tensor] = [*network.parameters(), *network.buffers()]

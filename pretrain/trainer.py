@@ -42,7 +42,7 @@ from pretrain.flops import matrix_rate
 from pretrain.loader import Batch, StepSampler, name_of, open_source, training_loader
 from pretrain.loader_workers import start_server
 from pretrain.model_card import model_card
-from pretrain.network import TrainingNetwork, token_grid
+from pretrain.network import TrainingNetwork, freeze_unused, token_grid
 from pretrain.optimizer import rate_factor
 from pretrain.pixel_cache import PixelCache, cached_batches
 from pretrain.refusals import refuse_settings
@@ -331,6 +331,8 @@ def create_step(config: PretrainConfig, ranks: Ranks) -> TrainingStep:
     tokenizer = starting_tokenizer(config)
     encoder = starting_encoder(config, tokenizer)
     grid = token_grid(encoder, config)
+    if ranks.count > 1 and config.training.sharding == "replicated":
+        freeze_unused(encoder, config)
     masked = config.objective.masked_modeling
     visual_tokenizer: VisualTokenizer | None = None
     if masked.image_weight:

@@ -97,6 +97,20 @@ def test_two_processes_take_the_same_steps_as_one_with_the_joined_batch(
     assert together == pytest.approx(alone, rel=1e-4, abs=1e-4)
 
 
+def test_processes_do_not_wait_for_what_has_no_gradient(make_config: MakeConfig, tmp_path: Path) -> None:
+    """A temporal transformer of single frames, and a network with a layer behind its features."""
+    model = make_config().model.model_dump()
+    model["image_tower"] = {"name": "mobilenetv3_small_050", "image_size": 64, "pooling": "mean", "freeze_norms": True}
+    model["temporal"] = {"kind": "transformer"}
+    common = {"model": model, "data": {"validation": []}, "training": {"epochs": 0.5}}
+    one, two = make_config("one", **common), make_config("two", **common)
+    pretrain(one)
+    _train_in_processes(two, tmp_path / "two.yaml", 2)
+    alone, together = _losses(Path(one.training.output)), _losses(Path(two.training.output))
+    assert len(alone) == 3
+    assert together == pytest.approx(alone, rel=1e-4, abs=1e-4)
+
+
 def test_a_resumed_run_is_bit_identical_to_one_that_was_never_stopped(make_config: MakeConfig) -> None:
     dropping = make_config().model.model_dump()
     dropping["text_tower"]["dropout"] = 0.1
