@@ -63,13 +63,16 @@ def _evaluate(
 ) -> None:
     from cots.evaluation.evaluate import measure
     from cots.evaluation.evaluation_set import read_evaluation_set
-    from cots.evaluation.protocols import find_protocol, is_file_name, open_protocol
+    from cots.evaluation.protocols import PROTOCOLS, find_protocol, is_file_name, open_protocol
     from cots.evaluation.report import write_report
     from cots.evaluation.tables import as_text
     from cots.model.pretrained import load_model
 
+    is_file = is_file_name(protocol) and (data is None or protocol not in PROTOCOLS)
+    if is_file and data is not None:
+        raise typer.BadParameter(f"--data is for a protocol; paths in a file such as {protocol} are relative to it")
     _prepare_outputs(json_file, report)
-    chosen = None if is_file_name(protocol) else find_protocol(protocol)
+    chosen = None if is_file else find_protocol(protocol)
     if chosen and data is None:
         raise typer.BadParameter(f"{protocol} is a protocol: give --data DIR, the folder with its captions and media")
     test_set = open_protocol(chosen, data) if chosen and data else read_evaluation_set(protocol)

@@ -103,6 +103,18 @@ def test_what_is_refused(cots: Cots, media: Path, tmp_path: Path) -> None:
     (tmp_path / "pairs.json").write_text("[]")
     assert_one_sentence(cots("evaluate", tmp_path / "pairs.json"), r"pairs\.json is no list of .*; give a \.jsonl, ")
     assert_one_sentence(cots("evaluate", "--compare", tmp_path / "a.json", tmp_path / "b.json"), "cannot be read")
+    (tmp_path / "pairs.jsonl").write_text("")
+    for_a_file = cots("evaluate", tmp_path / "pairs.jsonl", "--data", media)
+    assert for_a_file.code == 2
+    assert "--data is for a protocol" in " ".join(for_a_file.err.split())
     without = cots("evaluate", "coco_5k")
     assert without.code == 2
     assert "--data DIR" in without.err
+
+
+def test_a_folder_that_is_called_like_a_protocol_does_not_hide_it(
+    cots: Cots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "coco_5k").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert_one_sentence(cots("evaluate", "coco_5k", "--data", "coco_5k"), r"needs dataset_coco\.json")
