@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from cots.config import PretrainConfig
+from cots.model.open_clip_architecture import OPEN_CLIP
 
 
 def model_card(
@@ -11,7 +12,8 @@ def model_card(
     """Markdown from the configuration and its validation results: {source: {direction: metrics}}."""
     image, text = config.model.image_tower, config.model.text_tower
     blocks = f", {image.transformer_depth} transformer blocks of width {image.transformer_width}"
-    start = config.start.model or f"image {config.start.image_tower}, text {config.start.text_tower}"
+    given = config.start
+    start = given.model or f"image {given.image_tower or 'random'}, text {given.text_tower or 'random'}"
     temporal = config.model.temporal
     clips = "the mean of the frames' embeddings" + (
         f", and a transformer of {temporal.depth} layers over them" if temporal.kind == "transformer" else ""
@@ -19,9 +21,12 @@ def model_card(
     lines = [
         "# A COTS dual encoder",
         "",
-        f"- Image tower: {image.name} at {image.image_size} px ({image.resize}), pooled by {image.pooling}"
+        f"- Image tower: {image.name} at {image.image_size} px ({image.resize})"
+        + ("" if image.name.startswith(OPEN_CLIP) else f", pooled by {image.pooling}")
         + (blocks if image.transformer_depth else ""),
-        f"- Text tower: BERT of {text.layers} layers, {text.width} wide, at most {text.max_length} word pieces, "
+        f"- Text tower: {text.name}, at most {text.max_length} word pieces"
+        if text.name.startswith(OPEN_CLIP)
+        else f"- Text tower: BERT of {text.layers} layers, {text.width} wide, at most {text.max_length} word pieces, "
         f"pooled by {text.pooling}",
         f"- Embedding: {config.model.embedding_dim} dimensions, unit norm",
         f"- Clips: {clips}",

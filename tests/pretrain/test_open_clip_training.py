@@ -10,6 +10,7 @@ from cots.config import ModelConfig, PretrainConfig
 from cots.model.pretrained import load_model
 from cots.model.visual_tokenizer import VisualTokenizer, save_visual_tokenizer
 from cots.tokenizer_config import VisualTokenizerConfig
+from pretrain.model_card import model_card
 from pretrain.trainer import pretrain
 
 
@@ -47,3 +48,12 @@ def test_an_open_clip_model_learns_all_levels(
     assert found.encode_texts(captions).shape == (2, 16)
     similarity = (found.encode_texts(captions) * given.encode_texts(captions)).sum(dim=1)
     assert torch.all((similarity > 0.2) & (similarity < 0.9999))  # it came from there, and moved
+
+
+def test_the_card_of_an_open_clip_model_says_what_its_towers_are(open_clip_config: ModelConfig) -> None:
+    card = model_card(PretrainConfig(model=open_clip_config), {})
+    assert f"- Image tower: {open_clip_config.image_tower.name} at 32 px (crop)" in card
+    assert f"- Text tower: {open_clip_config.text_tower.name}, at most" in card
+    assert "BERT" not in card
+    assert "pooled by" not in card
+    assert "- Started from: image random, text random" in card
