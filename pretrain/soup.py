@@ -11,6 +11,7 @@ sphere included (`start.model`, see --start), or their average means nothing.
 
 import argparse
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from cots.config import DataConfig, PretrainConfig, SourceConfig, read_config
 from cots.data.square_transform import SquareTransform
+from cots.errors import CotsError
 from cots.model.model_directory import read_model, save_model
 from cots.model.pretrained import model_directory
 from pretrain.start import starting_encoder, starting_tokenizer
@@ -92,7 +94,12 @@ if __name__ == "__main__":
     parser.add_argument("--start", metavar="CONFIG", help="only write the first weights of this configuration")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="settings to change in CONFIG")
     arguments = parser.parse_args()
-    if arguments.start:
-        save_start(read_config(arguments.start, arguments.set), arguments.out)
-    else:
-        greedy_soup(arguments.runs, arguments.out, arguments.validation)
+    if not arguments.start and not (arguments.runs and arguments.validation):
+        parser.error("give runs and --validation, or --start")
+    try:
+        if arguments.start:
+            save_start(read_config(arguments.start, arguments.set), arguments.out)
+        else:
+            greedy_soup(arguments.runs, arguments.out, arguments.validation)
+    except CotsError as error:
+        sys.exit(f"Error: {error}")

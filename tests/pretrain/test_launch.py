@@ -29,3 +29,18 @@ def test_a_users_error_is_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("Error: The configuration")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--out", "soup"], 2, "give runs and --validation, or --start"),
+        (["nonesuch", "--out", "soup", "--validation", "val.tar"], 1, "Error: "),
+    ],
+)
+def test_a_soup_of_nothing_is_one_sentence(arguments: list[str], code: int, words: str) -> None:
+    command = [sys.executable, "-m", "pretrain.soup", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
