@@ -100,7 +100,8 @@ def as_markdown(document: dict[str, Any]) -> str:
         _seconds(document) + f" on {document['device']}. " + _versions(document),
     ]
     if failures := document["decode_failures"]:
-        parts += [f"{len(failures)} items could not be read and count as never found:", _failure_list(failures)]
+        items = f"{len(failures)} item{'s' * (len(failures) != 1)}"
+        parts += [f"{items} could not be read and count as never found:", _failure_list(failures)]
     parts += [f"Note: {warning}." for warning in document["warnings"]]
     if rows := references(document["protocol"]):
         header = ["model", "setting", "R@1", "R@5", "R@10", "reverse R@1", "source"]

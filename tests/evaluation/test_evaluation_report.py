@@ -96,6 +96,7 @@ def test_the_tables_hold_every_figure(photos: EvaluationResult) -> None:
         assert "anks are pessimistic: ties count against the model" in text
         assert document["protocol"] in text
         assert "could not be read and count as never found" in text
+    assert "\n\n1 item could not be read" in as_markdown(document)
 
 
 def test_the_list_of_protocols_marks_settings_and_recalled_figures() -> None:
