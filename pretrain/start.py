@@ -3,6 +3,7 @@
 A picture tower that was trained at another size is taken over too: the embeddings of its positions are interpolated.
 """
 
+import json
 import math
 from pathlib import Path
 
@@ -38,10 +39,29 @@ def starting_tokenizer(config: PretrainConfig) -> CaptionTokenizer:
     if text.tokenizer:
         if not Path(text.tokenizer).exists() and _is_fetched(text.tokenizer):
             raise ConfigError(f"The tokenizer {text.tokenizer} does not exist; {_FETCH}.")
-        return WordPieceTokenizer.from_file(text.tokenizer, text.max_length)
+        tokenizer = WordPieceTokenizer.from_file(text.tokenizer, text.max_length)
+        if config.start.model and not config.start.model.startswith(OPEN_CLIP):
+            _refuse_other_words(tokenizer, config)
+        return tokenizer
     if config.start.model and not config.start.model.startswith(OPEN_CLIP):
         return saved_tokenizer(model_directory(config.start.model) / "tokenizer.json", text)
     raise ConfigError("model.text_tower.tokenizer is not set; give a WordPiece tokenizer.json or vocab.txt.")
+
+
+def _refuse_other_words(tokenizer: CaptionTokenizer, config: PretrainConfig) -> None:
+    """Raises ConfigError if ids stand for other word pieces than those that the model to start from has learnt."""
+    assert config.start.model is not None
+    text = config.model.text_tower
+    known = saved_tokenizer(model_directory(config.start.model) / "tokenizer.json", text)
+    if _words(tokenizer) != _words(known):
+        raise ConfigError(
+            f"The tokenizer {text.tokenizer} has other word pieces than {config.start.model}, from which the text "
+            "tower starts; leave model.text_tower.tokenizer out."
+        )
+
+
+def _words(tokenizer: CaptionTokenizer) -> dict[str, int]:
+    return json.loads(tokenizer.to_json())["model"]["vocab"]
 
 
 def starting_encoder(config: PretrainConfig, tokenizer: CaptionTokenizer) -> DualEncoder:

@@ -158,6 +158,19 @@ def test_too_many_word_pieces_are_refused(make_config: MakeConfig) -> None:
         _start(make_config(model=_changed(make_config(), "text_tower", vocabulary=64)))
 
 
+def test_word_pieces_that_the_start_has_not_learnt_are_refused(
+    make_config: MakeConfig, tiny_model_dir: Path, vocabulary_file: Path, tmp_path: Path
+) -> None:
+    _start(make_config(start={"model": str(tiny_model_dir)}))  # the same ones, named once more
+    turned = tmp_path / "turned.txt"
+    words = vocabulary_file.read_text().splitlines()
+    turned.write_text("\n".join([*words[:5], *reversed(words[5:])]) + "\n")
+    config = make_config()
+    model = _changed(config, "text_tower", tokenizer=str(turned))
+    with pytest.raises(ConfigError, match=r"turned\.txt has other word pieces than .*tiny_model.*leave model"):
+        _start(make_config(model=model, start={"model": str(tiny_model_dir)}))
+
+
 def test_a_training_needs_a_tokenizer(make_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match=r"model\.text_tower\.tokenizer is not set"):
         _start(make_config(model=_changed(make_config(), "text_tower", tokenizer="")))
