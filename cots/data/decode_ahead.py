@@ -16,7 +16,7 @@ from torch import Tensor
 from cots.data.file_readers import PROCESSES, FileReaders, JpegFile, digest_of
 from cots.data.frame_sampling import FrameSampling
 from cots.data.gpu_jpeg import GpuJpegDecoder
-from cots.data.image_io import MAX_PIXELS, open_image, os_reason
+from cots.data.image_io import MAX_PIXELS, open_sized, os_reason
 from cots.data.pinned_memory import pin
 from cots.data.samples import Sample
 from cots.data.square_transform import SquareTransform
@@ -171,11 +171,10 @@ class MediaDecoder:
 
     def _decode_image(self, sample: Sample, content: bytes) -> Decoded:
         with self._large.share() as share:
-            image = open_image(content, name=sample.path, target_size=self._square.size, admit=share.take)
+            image, (width, height) = open_sized(
+                content, name=sample.path, target_size=self._square.size, admit=share.take
+            )
             pixels = self._square(image)[None]
-        width, height = share.size
-        if (width > height) != (image.width > image.height):  # turned upright
-            width, height = height, width
         return Decoded(sample, pixels, (), digest_of(content), width, height, None)
 
     def _decode_video(self, sample: Sample) -> Decoded:
@@ -211,17 +210,16 @@ class _PixelBudget:
 
 
 class _Share:
-    """One picture's part of the budget, and its size as stored."""
+    """One picture's part of the budget."""
 
     def __init__(self, take: Callable[[int], None]) -> None:
         self._take = take
-        self.size = (0, 0)
         self.pixels = 0
 
-    def take(self, size: tuple[int, int], pixels: int) -> None:
-        """Wait for room; see `open_image`."""
+    def take(self, pixels: int) -> None:
+        """Wait for room; see `open_sized`."""
         self._take(pixels)
-        self.size, self.pixels = size, pixels
+        self.pixels = pixels
 
 
 def content_hash(sample: Sample) -> str:

@@ -25,6 +25,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = tuple(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
 
 # MAX_PIXELS is checked before every decode, so Pillow's own lower threshold would only print a line about pictures that
 # are wanted.
@@ -39,7 +40,6 @@ def open_image(
     name: str = "",
     max_pixels: int = MAX_PIXELS,
     target_size: int | None = None,
-    admit: Callable[[tuple[int, int], int], None] | None = None,
 ) -> Image.Image:
     """Decode an image to upright RGB: EXIF applied, transparency laid on white, deep and CMYK modes brought to 8 bits.
 
@@ -49,14 +49,27 @@ def open_image(
         max_pixels: the largest width x height accepted, checked before any pixel is decoded.
         target_size: the short side that the caller will scale to. A JPEG may then be decoded at 1/2, 1/4 or 1/8 of its
             size, with the short side kept at twice the target or more. None: full size.
-        admit: told before any pixel is decoded the picture's width and height as stored, and how many pixels decoding
-            holds in memory; may wait until there is room for them.
 
     Returns:
         A loaded picture of mode RGB. Of an animation, the first frame.
 
     Raises:
         MediaError: missing, empty, not an image, larger than `max_pixels`, truncated or damaged.
+    """
+    return open_sized(source, name, max_pixels, target_size)[0]
+
+
+def open_sized(
+    source: str | Path | bytes,
+    name: str = "",
+    max_pixels: int = MAX_PIXELS,
+    target_size: int | None = None,
+    admit: Callable[[int], None] = lambda _: None,
+) -> tuple[Image.Image, tuple[int, int]]:
+    """As `open_image`, and the width and height of the whole upright picture, at whatever size it was decoded.
+
+    Args:
+        admit: told before any pixel is decoded how many decoding holds in memory; may wait until there is room.
     """
     name = name or (str(source) if not isinstance(source, bytes) else "image")
     try:
@@ -68,15 +81,16 @@ def open_image(
             with _open(file) as image:
                 if image.width * image.height > max_pixels:
                     raise MediaError(name, _too_large(image.width, image.height, max_pixels))
-                stored = image.size
+                width, height = image.size
                 if target_size is not None:
                     image.draft("RGB", (2 * target_size, 2 * target_size))
-                if admit is not None:
-                    # a progressive JPEG's coefficients are held whole, at whatever size it is decoded
-                    held = stored if "progressive" in image.info else image.size
-                    admit(stored, held[0] * held[1])
+                # a progressive JPEG's coefficients are held whole, at whatever size it is decoded
+                admit(width * height if "progressive" in image.info else image.width * image.height)
                 image.load()
-                return _upright(image, to_rgb(image))
+                turn = _turn_upright(image)  # now, for a PNG may say so behind its pixels
+                upright = to_rgb(image) if turn is None else to_rgb(image).transpose(turn)
+                upright.info.clear()  # it still says "rotate me" to the next reader of EXIF
+                return upright, ((height, width) if turn in _SIDEWAYS else (width, height))
         except MediaError:
             raise
         except (
@@ -138,15 +152,12 @@ def _deep_to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray((values * (255.0 / top) + 0.5).astype(np.uint8)).convert("RGB")
 
 
-def _upright(original: Image.Image, rgb: Image.Image) -> Image.Image:
+def _turn_upright(image: Image.Image) -> Image.Transpose | None:
+    """What brings a loaded picture upright, by its EXIF."""
     try:
-        orientation = original.getexif().get(_EXIF_ORIENTATION, 1)
+        return _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # damaged EXIF says nothing about the pixels, which decoded
-        orientation = 1
-    method = _UPRIGHT.get(orientation)
-    upright = rgb if method is None else rgb.transpose(method)
-    upright.info.clear()  # it still says "rotate me" to the next reader of EXIF
-    return upright
+        return None
 
 
 def _too_large(width: int, height: int, max_pixels: int) -> str:

@@ -19,6 +19,7 @@ from cots.data import decode_ahead
 from cots.data.decode_ahead import Decoded, MediaDecoder, _PixelBudget, content_hash
 from cots.data.frame_sampling import EVERY_SECOND
 from cots.data.gpu_jpeg import GpuJpegDecoder, torchvision_jpegs
+from cots.data.image_io import open_sized
 from cots.data.samples import Sample, iter_samples
 from cots.data.square_transform import SquareTransform
 from cots.errors import MediaError
@@ -129,7 +130,7 @@ def test_large_pictures_wait_for_each_other() -> None:
     def work(pixels: int) -> None:
         nonlocal held, most
         with budget.share() as share:
-            share.take((pixels, 1), pixels)
+            share.take(pixels)
             with lock:
                 held += pixels
                 most = max(most, held if held != 500 else 0)
@@ -150,26 +151,24 @@ def test_a_picture_that_is_refused_takes_no_room() -> None:
 
     def refused() -> None:
         with budget.share() as share:
-            share.take((99, 1), 99)
+            share.take(99)
             raise MediaError("a.png", "damaged")
 
     for _ in range(3):
         with pytest.raises(MediaError):
             refused()
     with budget.share() as share:
-        share.take((99, 1), 99)
-        assert share.size == (99, 1)
+        share.take(99)
+        assert share.pixels == 99
 
 
 def test_decoding_says_beforehand_how_many_pixels_it_will_hold() -> None:
-    from cots.data.image_io import open_image
-
-    told: list[tuple[tuple[int, int], int]] = []
+    told: list[int] = []
     for options in ({"progressive": True}, {}):
         file = io.BytesIO()
         Image.new("RGB", (1600, 800)).save(file, "JPEG", **options)
-        open_image(file.getvalue(), target_size=100, admit=lambda size, pixels: told.append((size, pixels)))
-    assert told == [((1600, 800), 1600 * 800), ((1600, 800), 400 * 200)]
+        open_sized(file.getvalue(), target_size=100, admit=told.append)
+    assert told == [1600 * 800, 400 * 200]
 
 
 def test_an_error_that_is_kept_keeps_no_pictures(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, features
 
-from cots.data.image_io import open_image
+from cots.data.image_io import open_image, open_sized
 from cots.errors import MediaError
 
 Encode = Callable[..., bytes]
@@ -187,6 +187,18 @@ def png_claiming(width: int, height: int) -> bytes:
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("orientation", "upright"), [(1, (301, 300)), (6, (300, 301))])
+def test_the_size_of_the_whole_upright_picture_is_known_at_whatever_size_it_is_decoded(
+    orientation: int, upright: tuple[int, int], encode: Encode
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    held: list[int] = []
+    content = encode(Image.new("RGB", (301, 300)), "JPEG", exif=exif)
+    opened, size = open_sized(content, target_size=16, admit=held.append)
+    assert (opened.size, size, held) == ((38, 38), upright, [38 * 38])
 
 
 def test_pixel_limit(photo: Image.Image, encode: Encode) -> None:
