@@ -224,6 +224,16 @@ class TaskAlignmentConfig(Settings):
     gradient: Literal["both", "prediction"] = "prediction"
     """Which side of each KL divergence learns. `prediction`: the target is a constant, so that each direction is
     taught by the other one; `both`: the target moves too, which the two can also use to become equally vague."""
+    target: Literal["online", "momentum"] = "online"
+    """Whose distributions are the targets. `online`: the other direction's. `momentum`: of both directions the mean of
+    the two as the momentum towers see them, which also says what else a caption fits (soft targets, as in ALBEF, Li et
+    al. 2021)."""
+
+    @model_validator(mode="after")
+    def _momentum_has_no_gradient(self) -> "TaskAlignmentConfig":
+        if self.target == "momentum" and self.gradient == "both":
+            raise ValueError("momentum targets do not learn; leave gradient at prediction")
+        return self
 
 
 class NoiseFilterConfig(Settings):

@@ -14,8 +14,8 @@ from cots.config import ObjectiveConfig
 from cots.objectives.contrastive import contrastive_losses
 from cots.objectives.feature_queue import FeatureQueue
 from cots.objectives.noise_filter import NoiseFilter
-from cots.objectives.retrieval import PairFeatures, retrieval_tasks
-from cots.objectives.task_alignment import agreement, alignment_losses
+from cots.objectives.retrieval import PairFeatures, RetrievalTasks, momentum_tasks, retrieval_tasks
+from cots.objectives.task_alignment import agreement, alignment_losses, momentum_alignment_losses
 
 
 @dataclass
@@ -42,9 +42,10 @@ class CollaborativeObjective(nn.Module):
     @property
     def uses_momentum(self) -> bool:
         """Whether any level looks at the momentum towers; if none does, they need not be computed."""
-        return self.compares and (
-            self.config.contrastive.in_batch != "online" or self.queue.size > 0 or self.filter.enabled
-        )
+        alignment = self.config.task_alignment
+        soft_targets = alignment.weight > 0 and alignment.target == "momentum"
+        candidates = self.config.contrastive.in_batch != "online" or self.queue.size > 0
+        return self.compares and (candidates or self.filter.enabled or soft_targets)
 
     @property
     def compares(self) -> bool:
@@ -85,7 +86,7 @@ class CollaborativeObjective(nn.Module):
                 loss = loss + contrastive.weight * own
                 scalars["loss_contrastive"] = own.detach()
             if alignment.weight:
-                losses = _mean([alignment_losses(task, alignment.gradient) for task in tasks])
+                losses = self._alignment(batch, tasks)
                 own = _mean_of_kept(losses, batch, kept)
                 loss = loss + alignment.weight * own
                 scalars["loss_alignment"] = own.detach()
@@ -101,6 +102,14 @@ class CollaborativeObjective(nn.Module):
                 scalars["filter_kept"] = kept.float().mean()
                 scalars["filter_threshold"] = self.filter.threshold()
         return ObjectiveOutput(loss, scalars)
+
+    def _alignment(self, batch: PairFeatures, tasks: list[RetrievalTasks]) -> Tensor:
+        """The task level's loss of every pair (B,)."""
+        config = self.config.task_alignment
+        if config.target == "online":
+            return _mean([alignment_losses(task, config.gradient) for task in tasks])
+        targets = momentum_tasks(batch, self.queue, self.temperature, self.config.contrastive.in_batch)
+        return _mean([momentum_alignment_losses(*pair) for pair in zip(tasks, targets, strict=True)])
 
     def enqueue(self, batch: PairFeatures) -> None:
         """Make this global batch the newest rows of the queues, on every rank alike."""

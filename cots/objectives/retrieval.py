@@ -8,7 +8,7 @@ where a positive of today stood among negatives of a hundred steps ago, the age 
 on Flickr8k, that costs 4 points of R@1. With online features and a queue there are therefore two choices.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -84,6 +84,16 @@ def retrieval_tasks(
                 allowed = torch.cat([others_in_batch, allowed], dim=1)
             tasks.append(_tasks(batch, own, images, texts, allowed, temperature))
         return tasks
+
+
+@torch.no_grad()
+def momentum_tasks(
+    batch: PairFeatures, queue: FeatureQueue, temperature: Tensor, in_batch: str
+) -> list[RetrievalTasks]:
+    """The same choices over the same pairs as `retrieval_tasks` gives, as the momentum towers make them."""
+    own = batch.own_rows
+    asked = replace(batch, image=batch.image_momentum[own], text=batch.text_momentum[own])
+    return retrieval_tasks(asked, queue, temperature, in_batch)
 
 
 def _tasks(

@@ -2,8 +2,10 @@
 
 Over the same candidates (the pair itself and the queue, whose rows are aligned), the image's distribution over texts
 and the text's distribution over images are pulled together by a symmetric Kullback-Leibler divergence (COTS, Lu et
-al. 2022, equations 8 to 10).
+al. 2022, equations 8 to 10). Or both are pulled towards what the momentum towers make of the same choice.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -23,6 +25,12 @@ def alignment_losses(tasks: RetrievalTasks, gradient: str = "prediction") -> Ten
         # KL(p || q) + KL(q || p) = sum (p - q)(log p - log q)
         return ((first.exp() - second.exp()) * (first - second)).sum(dim=1) / 2
     return (kl_divergence(first.detach(), second) + kl_divergence(second.detach(), first)) / 2
+
+
+def momentum_alignment_losses(tasks: RetrievalTasks, by_momentum: RetrievalTasks) -> Tensor:
+    """(KL(m || i2t) + KL(m || t2i)) / 2 of every pair, m the mean of both directions by the momentum towers: (B,)."""
+    target = torch.logaddexp(by_momentum.image_to_text, by_momentum.text_to_image) - math.log(2)
+    return (kl_divergence(target, tasks.image_to_text) + kl_divergence(target, tasks.text_to_image)) / 2
 
 
 def kl_divergence(target: Tensor, prediction: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from cots.config import ObjectiveConfig
+from cots.objectives.collaborative import CollaborativeObjective
 from cots.objectives.feature_queue import FeatureQueue
 from cots.objectives.retrieval import PairFeatures, RetrievalTasks, retrieval_tasks
 from cots.objectives.task_alignment import agreement, alignment_losses, kl_divergence
@@ -74,3 +76,60 @@ def test_equal_distributions_are_aligned() -> None:
     assert alignment_losses(_tasks(logits, logits)).tolist() == pytest.approx([0, 0, 0], abs=1e-6)
     assert agreement(_tasks(logits, logits)).item() == 1
     assert kl_divergence(F.log_softmax(logits, 1), F.log_softmax(logits.flip(1), 1)).min() >= 0
+
+
+@pytest.mark.parametrize(("in_batch", "queue_size"), [("online", 0), ("online", 6), ("momentum", 6), ("none", 6)])
+def test_momentum_targets_are_the_mean_of_both_directions(in_batch: str, queue_size: int) -> None:
+    def unit(count: int) -> torch.Tensor:
+        return F.normalize(torch.randn(count, D), dim=1)
+
+    config = ObjectiveConfig.model_validate(
+        {
+            "temperature": 0.1,
+            "contrastive": {"weight": 0, "queue_size": queue_size, "in_batch": in_batch},
+            "task_alignment": {"weight": 1, "target": "momentum"},
+        }
+    )
+    objective = CollaborativeObjective(config, D)
+    assert objective.uses_momentum
+    objective.queue.enqueue(unit(6), unit(6), torch.arange(10, 16))
+    ids = torch.arange(3)
+    image, text, slow_image, slow_text = unit(3).requires_grad_(), unit(3).requires_grad_(), unit(3), unit(3)
+    output = objective(PairFeatures(image, text, ids, slow_image, slow_text, ids))
+
+    def choice(anchor: torch.Tensor, own: torch.Tensor, others: list[torch.Tensor]) -> torch.Tensor:
+        return (torch.stack([own, *others]) @ anchor / 0.1).softmax(0)
+
+    def naive(row: int, images: torch.Tensor, texts: torch.Tensor, queued: bool) -> torch.Tensor:
+        """Candidates are the pair's own and others, of the batch or of the queue; the targets' are always slow ones."""
+        rest = [other for other in range(3) if other != row]
+        in_batch_too = in_batch == "momentum" or not queued
+        slow = [slow_image[other] for other in rest], [slow_text[other] for other in rest]
+        fast = [images[other] for other in rest], [texts[other] for other in rest]
+        queue = (list(objective.queue.image), list(objective.queue.text)) if queued else ([], [])
+        slow_others = [(slow[way] if in_batch_too else []) + queue[way] for way in (0, 1)]
+        others = [(fast[way] if in_batch_too else []) + queue[way] for way in (0, 1)]
+        target = choice(slow_image[row], slow_text[row], slow_others[1])
+        target = (target + choice(slow_text[row], slow_image[row], slow_others[0])) / 2
+        given = (
+            choice(image[row], texts[row], others[1]),
+            choice(text[row], images[row], others[0]),
+        )
+        return sum((target * (target / p).log()).sum() for p in given) / 2
+
+    choices = []
+    if in_batch == "online":
+        choices.append([naive(row, image, text, queued=False) for row in range(3)])
+    if queue_size:
+        choices.append([naive(row, slow_image, slow_text, queued=True) for row in range(3)])
+    expected = torch.stack([torch.stack(rows).mean() for rows in choices]).mean()
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    output.loss.backward()
+    assert image.grad is not None
+    assert image.grad.abs().sum() > 0
+    assert slow_image.grad is None
+
+
+def test_momentum_targets_do_not_learn() -> None:
+    with pytest.raises(ValueError, match="momentum targets do not learn"):
+        ObjectiveConfig.model_validate({"task_alignment": {"weight": 1, "target": "momentum", "gradient": "both"}})
