@@ -7,7 +7,7 @@ from pathlib import PurePath
 from string import Template
 from urllib.parse import quote
 
-from cots.data.shards import MEMBER_SEPARATOR
+from cots.data.shards import split_member
 from index.search import Hit
 
 _CARD = Template(
@@ -54,14 +54,14 @@ def clock(seconds: float) -> str:
 
 def short_path(path: str) -> str:
     """The last folder and the name: what tells two results apart in little space. A shard's member keeps its shard."""
-    shard, inside, member = path.rpartition(MEMBER_SEPARATOR)
-    return f"{PurePath(shard).name}/{PurePath(member).name}" if inside else "/".join(PurePath(path).parts[-2:])
+    shard, member = split_member(path)
+    return f"{PurePath(shard).name}/{PurePath(member).name}" if member else "/".join(PurePath(path).parts[-2:])
 
 
 def short_folder(path: str) -> str:
     """The last two folders of a path, or the shard of a member: for cards that bear the file's name already."""
-    shard, inside, _ = path.rpartition(MEMBER_SEPARATOR)
-    if inside:
+    shard, member = split_member(path)
+    if member:
         return PurePath(shard).name
     folder = PurePath(path).parent
     return "/".join(folder.relative_to(folder.anchor).parts[-2:]) or folder.anchor

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cots.data.shards import MEMBER_SEPARATOR
+from cots.data.shards import split_member
 from index.gallery import Gallery, open_gallery, schema
 from index.snapshot import FOLDER, Snapshot
 
@@ -90,7 +90,7 @@ def _check_media(gallery: Gallery, snapshot: Snapshot) -> list[str]:
 
 
 def _exists(path: str) -> bool:
-    return os.path.exists(path) or (MEMBER_SEPARATOR in path and os.path.exists(path.partition(MEMBER_SEPARATOR)[0]))
+    return os.path.exists(path) or os.path.exists(split_member(path)[0])
 
 
 def _some(values: list) -> str:

@@ -21,7 +21,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
-from cots.data.shards import MEMBER_SEPARATOR
+from cots.data.shards import split_member
 from cots.errors import CotsError, MissingDependency, SourceError
 from index.crew import Death, Outcomes, Recipe, Task, work
 from index.workers import window
@@ -193,7 +193,7 @@ def nodes_of(ray: Any) -> list[Node]:
 
 def _file(path: str) -> str:
     """The file in which a sample lies."""
-    return path if os.path.exists(path) else path.partition(MEMBER_SEPARATOR)[0]
+    return path if os.path.exists(path) else split_member(path)[0]
 
 
 def _cause(error: Exception) -> str:

@@ -22,7 +22,7 @@ from uuid import uuid4
 import numpy as np
 import pyarrow as pa
 
-from cots.data.shards import MEMBER_SEPARATOR, read_media
+from cots.data.shards import read_media, split_member
 from cots.errors import GalleryError
 from index.checksum import checksum
 from index.filters import as_one, bad_filter
@@ -325,7 +325,7 @@ class Gallery:
         row = self.row(id)
         path = self.absolute_path(row["path"])
         mime = mimetypes.guess_type(path, strict=False)[0] or f"{row['kind']}/*"
-        return (read_media(path) if MEMBER_SEPARATOR in path else path), mime
+        return (read_media(path) if split_member(path)[1] else path), mime
 
     def row(self, id: int) -> dict[str, Any]:
         """All that the snapshot knows of a row, but its vector.

@@ -7,7 +7,7 @@ from typing import Any
 
 from cots.data.decode_ahead import content_hash
 from cots.data.samples import Sample
-from cots.data.shards import MEMBER_SEPARATOR
+from cots.data.shards import split_member
 from index.gallery import Gallery
 from index.writer import licence_of
 
@@ -48,8 +48,8 @@ class KnownItems:
         Raises:
             MediaError: it has to be read and cannot be.
         """
-        if MEMBER_SEPARATOR in sample.path:
-            self._shards.add(sample.path.partition(MEMBER_SEPARATOR)[0])
+        if sample.offset is not None:
+            self._shards.add(split_member(sample.path)[0])
         row = self._row_of.get(self._gallery.stored_path(sample.path))
         if row is None:
             return Change.NEW, None
@@ -96,7 +96,7 @@ class KnownItems:
     def _exists(self, row: int) -> bool:
         """A member of a shard that this build has read exists only if the build has seen it there."""
         path = self._gallery.absolute_path(self._value("path", row))
-        shard = path.partition(MEMBER_SEPARATOR)[0]
+        shard = split_member(path)[0]
         return os.path.exists(path) or (shard not in self._shards and shard != path and os.path.exists(shard))
 
     def _value(self, name: str, row: int) -> Any:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cots.data.media_kind import HEADER_BYTES, MEDIA_EXTENSIONS, Kind, sniff
-from cots.data.shards import MEMBER_SEPARATOR, Member, group, read_captions, read_span, scan_tar
+from cots.data.shards import MEMBER_SEPARATOR, Member, group, read_captions, read_span, scan_tar, split_member
 from cots.data.tables import TABLE_EXTENSIONS, read_items
 from cots.errors import MediaError, SourceError
 
@@ -59,7 +59,7 @@ class Sample:
         if self.offset is None:
             return read_span(self.path, 0, -1)
         try:
-            return read_span(self.path.rpartition(MEMBER_SEPARATOR)[0], self.offset, self.size)
+            return read_span(split_member(self.path)[0], self.offset, self.size)
         except MediaError as error:  # which is the shard's
             raise MediaError(self.path, error.reason) from error
 

@@ -22,6 +22,7 @@ from cots.errors import MediaError, SourceError
 
 MEMBER_SEPARATOR = "::"
 
+_IN_SHARD = re.compile(r"(.*?\.tar)" + MEMBER_SEPARATOR + r"(.+)", re.IGNORECASE | re.DOTALL)
 _BLOCK = tarfile.BLOCKSIZE
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 _PAX_RECORD = re.compile(rb"\d+ ([^=]+)=([^\n]*)\n")
@@ -35,6 +36,12 @@ class Member:
     name: str
     offset: int
     size: int
+
+
+def split_member(path: str) -> tuple[str, str]:
+    """The shard and the member of "shard.tar::member"; of any other path itself and an empty name."""
+    inside = _IN_SHARD.fullmatch(path)
+    return (inside[1], inside[2]) if inside else (path, "")
 
 
 def split_key(name: str) -> tuple[str, str]:
@@ -206,8 +213,8 @@ def read_media(path: str) -> bytes:
     Raises:
         MediaError: there is no such file or member, or it cannot be read.
     """
-    shard, separator, name = path.partition(MEMBER_SEPARATOR)
-    if not separator or os.path.exists(path):
+    shard, name = split_member(path)
+    if not name or os.path.exists(path):
         return read_span(path, 0, -1)
     try:
         stat = os.stat(shard)

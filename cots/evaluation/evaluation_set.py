@@ -15,7 +15,7 @@ from torch import Tensor
 from cots.data.frame_sampling import EVERY_SECOND, FrameSampling
 from cots.data.media_kind import Kind
 from cots.data.samples import Sample, iter_samples
-from cots.data.shards import MEMBER_SEPARATOR
+from cots.data.shards import split_member
 from cots.data.tables import TABLE_EXTENSIONS, read_items
 from cots.errors import EvaluationError, MediaError, SourceError
 from cots.evaluation.media_folder import copies_among, some
@@ -140,7 +140,9 @@ def _kind(file: Path, samples: dict[str, Sample]) -> Kind:
 
 def _mixture(samples: dict[str, Sample]) -> tuple[str, ...]:
     """A warning of the shards that a folder or a glob stands for: perhaps also of those that were trained on."""
-    shards = Counter(path.rpartition(MEMBER_SEPARATOR)[0] or sample.source for path, sample in samples.items())
+    shards = Counter(
+        sample.source if sample.offset is None else split_member(sample.path)[0] for sample in samples.values()
+    )
     if len(shards) < 2:
         return ()
     named = some(f"{shard} ({count:,})" for shard, count in shards.items())

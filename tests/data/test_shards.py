@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from synthetic_media import write_tar
 
-from cots.data.shards import TarIndex, read_captions, read_media, scan_tar, split_key
+from cots.data.shards import TarIndex, read_captions, read_media, scan_tar, split_key, split_member
 from cots.errors import MediaError, SourceError
 
 
@@ -164,6 +164,19 @@ def test_shard_that_shrinks_or_goes(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(SourceError, match="no such file"):
         index.read(0)
+
+
+@pytest.mark.parametrize(
+    ("path", "parts"),
+    [
+        ("/d/a.tar::b/c.jpg", ("/d/a.tar", "b/c.jpg")),
+        ("/me::you/a.TAR::b::c.jpg", ("/me::you/a.TAR", "b::c.jpg")),
+        ("/me::you/a.jpg", ("/me::you/a.jpg", "")),
+        ("/d/a.tar", ("/d/a.tar", "")),
+    ],
+)
+def test_colons_of_other_names_do_not_part_a_shard_from_its_member(path: str, parts: tuple[str, str]) -> None:
+    assert split_member(path) == parts
 
 
 def test_read_media(tmp_path: Path) -> None:
