@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from cots import __version__
 from cots.commands import index
 from cots.commands.embed import embed
 from cots.commands.evaluate import evaluate
@@ -49,6 +50,21 @@ def main() -> None:
     except CotsError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"cots {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What holds for all commands."""
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cots.commands.options import BatchSize, ModelOption, Sources
-from cots.commands.terminal import progress_bar
+from cots.commands.terminal import counted, progress_bar
 from cots.errors import CotsError
 
 
@@ -34,4 +34,4 @@ def embed(
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise CotsError(f"The vectors cannot be written to {out}: {reason}.") from error
-    typer.echo(f"{rows} vectors of {encoder.dimension} dimensions written to {out}.")
+    typer.echo(f"{counted(rows, 'vector')} of {encoder.dimension} dimensions written to {out}.")

@@ -13,7 +13,7 @@ from cots.commands.options import (
     Sources,
     gallery_or_embedded,
 )
-from cots.commands.terminal import on_one_line, print_json, progress_bar
+from cots.commands.terminal import counted, on_one_line, print_json, progress_bar
 from cots.errors import CotsError
 
 app = typer.Typer(help="Build and look after a gallery.", no_args_is_help=True, rich_markup_mode=None)
@@ -60,7 +60,10 @@ def build(
         ),
     ] = None,
 ) -> None:
-    """Create a gallery, or bring it up to date: only new and changed files are embedded."""
+    """Create a gallery, or bring it up to date.
+
+    Only new and changed files are embedded.
+    """
     _require_engine(engine)
     from cots.model.pretrained import load_model
     from index.build import build
@@ -90,10 +93,9 @@ def build(
         "unreadable": len(report.failed),
     }
     done = ", ".join(f"{count} {change}" for change, count in changes.items() if count) or "nothing to do"
-    rate = f" ({report.rate:.0f} items/s)" if report.rate else ""
-    typer.echo(
-        f"{gallery}: {done} in {report.seconds:.1f} s{rate}; it holds {report.items} items, {report.vectors} vectors."
-    )
+    rate = f" ({report.rate:.{0 if report.rate >= 10 else 1}f} items/s)" if report.rate else ""
+    held = f"{counted(report.items, 'item')}, {counted(report.vectors, 'vector')}"
+    typer.echo(f"{gallery}: {done} in {report.seconds:.1f} s{rate}; it holds {held}.")
     if report.failed and not report.items:
         raise CotsError(f"No file could be read ({len(report.failed)} tried), so the gallery {gallery} is empty.")
     if report.missing:
@@ -104,16 +106,16 @@ def build(
 def remove(
     gallery: GalleryDirectory, where: Annotated[str, typer.Option(metavar="SQL", help="Which items to remove.")]
 ) -> None:
-    """Remove items from a gallery; the files themselves stay."""
+    """Remove items; the files themselves stay."""
     from index.build import remove
 
     count = remove(gallery, where)
-    typer.echo(f"{count} item{'' if count == 1 else 's'} removed.")
+    typer.echo(f"{counted(count, 'item')} removed.")
 
 
 @app.command("info")
 def info(gallery: GalleryOption = None, json_output: JsonFlag = False) -> None:
-    """What a gallery holds and which model built it."""
+    """What it holds and which model built it."""
     from index.build import info
 
     document = info(gallery_or_embedded(gallery))
@@ -130,7 +132,10 @@ def engine(
     gallery: GalleryDirectory,
     recall: RecallTarget = None,
 ) -> None:
-    """Change what answers queries, and measure it; nothing is embedded again."""
+    """Change what answers queries, and measure it.
+
+    Nothing is embedded again.
+    """
     _require_engine(engine)
     from cots.model.pretrained import load_model
     from index.engine import set_engine
@@ -143,19 +148,25 @@ def engine(
 
 @app.command("compact")
 def compact(gallery: GalleryDirectory) -> None:
-    """Merge the table's fragments, drop removed rows and old versions, and make the index of captions again."""
+    """Free what removals and updates left behind.
+
+    Merges the table's fragments, drops removed rows and old versions, and makes the index of captions again.
+    """
     from index.compaction import compact
 
     report = compact(gallery)
     typer.echo(
-        f"{gallery}: {report.bytes_before / 1e6:.1f} MB became {report.bytes_after / 1e6:.1f} MB, "
-        f"{report.fragments_before} fragments {report.fragments_after}."
+        f"{gallery}: {report.bytes_before / 1e6:.2f} MB became {report.bytes_after / 1e6:.2f} MB, "
+        f"{counted(report.fragments_before, 'fragment')} {report.fragments_after}."
     )
 
 
 @app.command("adopt")
 def adopt(gallery: GalleryDirectory) -> None:
-    """Let this copy of a gallery write to its table outside, and no longer the copy that did."""
+    """Let this copy write to a table outside.
+
+    The copy that did no longer may.
+    """
     from index.gallery import adopt_table
 
     typer.echo(f"{gallery} writes to {adopt_table(gallery)} from now on.")
@@ -167,7 +178,10 @@ def duplicates(
     threshold: Annotated[float, typer.Option(metavar="COSINE", help="The least similarity of near-duplicates.")] = 0.95,
     json_output: JsonFlag = False,
 ) -> None:
-    """List files that a gallery holds more than once: the same bytes, or nearly the same picture."""
+    """List files that it holds more than once.
+
+    The same bytes, or nearly the same picture.
+    """
     from index.duplicates import find_duplicates
 
     found = find_duplicates(gallery_or_embedded(gallery), threshold)
@@ -180,12 +194,17 @@ def duplicates(
             for copy in group.copies:
                 typer.echo(f"  {copy.id:8d}  {copy.path}")
     copies = sum(len(group.copies) - 1 for group in found.exact)
-    typer.echo(f"{copies} superfluous copies in {len(found.exact)} groups; {len(found.near)} groups of similar items.")
+    superfluous = "1 superfluous copy" if copies == 1 else f"{copies:,} superfluous copies"
+    exact, near = counted(len(found.exact), "group"), counted(len(found.near), "group")
+    typer.echo(f"{superfluous} in {exact}; {near} of similar items.")
 
 
 @app.command("check")
 def check(gallery: GalleryOption = None) -> None:
-    """Verify a gallery: table, manifest, vectors and media agree. Exit code 1 if they do not."""
+    """Verify that all its parts agree.
+
+    Table, manifest, vectors and media. Exit code 1 if they do not.
+    """
     from index.check import check
 
     problems = check(gallery_or_embedded(gallery))

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def search(
-    query: Annotated[str | None, typer.Argument(help="What to look for, in words.")] = None,
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="WORDS", help="What to look for, with or without quotes.")
+    ] = None,
     gallery: GalleryOption = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Number of hits.")] = 10,
     image: Annotated[Path | None, typer.Option(help="Look for pictures like this one; with words: for both.")] = None,
@@ -28,7 +30,8 @@ def search(
     json_output: JsonFlag = False,
 ) -> None:
     """Search a gallery by words, by a picture, or by both."""
-    if not (query or "").strip() and image is None:
+    query = " ".join(words or ())
+    if not query.strip() and image is None:
         raise typer.BadParameter("give words to look for, --image FILE, or both")
     if kind not in (None, "image", "video"):
         raise typer.BadParameter(f"--kind is image or video, not {kind!r}")

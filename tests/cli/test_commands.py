@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ HEAVY = (
 
 OPTIONS = {
     "demo": ("--gallery", "--host", "--port"),
-    "search": ("--gallery", "-k", "--image", "--without", "--where", "--kind", "--json"),
+    "search": ("WORDS", "--gallery", "-k", "--image", "--without", "--where", "--kind", "--json"),
     "index build": ("SOURCE", "--gallery", "--model"),
     "index remove": ("--gallery", "--where"),
     "index info": ("--gallery", "--json"),
@@ -55,7 +56,7 @@ def test_help_shows_the_options(cots: Cots, command: str) -> None:
     assert outcome.code == 0
     assert [option for option in OPTIONS[command] if option not in outcome.out] == []
     usage = outcome.out.partition("\n\n")[0]
-    assert usage.count("...") == (command in ("index build", "embed", "pretrain"))
+    assert usage.count("...") == (command in ("search", "index build", "embed", "pretrain"))
 
 
 def test_importing_and_help_load_nothing_heavy() -> None:
@@ -146,7 +147,17 @@ def test_build_brings_up_to_date_and_prunes(cots: Cots, tiny_model_dir: Path, tm
     assert "--prune removes their items" in kept.err
     pruned = cots(*arguments, "--prune")
     assert "1 removed" in pruned.out
-    assert "it holds 2 items" in pruned.out
+    assert "it holds 2 items, 2 vectors." in pruned.out
+
+
+def test_words_need_no_quotes(cots: Cots, gallery: Path) -> None:
+    arguments = ["--gallery", gallery, "--json"]
+    together = json.loads(cots("search", "a red square", *arguments).out)["hits"]
+    assert json.loads(cots("search", "a", "red", "square", *arguments).out)["hits"] == together
+
+
+def test_the_version_is_told(cots: Cots) -> None:
+    assert cots("--version").out == f"cots {version('cots')}\n"
 
 
 def test_search_as_json(cots: Cots, gallery: Path, tiny_model: RetrievalModel) -> None:

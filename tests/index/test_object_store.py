@@ -71,7 +71,7 @@ def test_all_commands_work_without_the_option(
     assert "2 added, 1 updated, 14 unchanged" in cots_command(
         "index", "build", photos, *at, "--model", tiny_model_dir, "--table", TABLE
     )
-    assert "1 superfluous copies" in cots_command("index", "duplicates", *at)
+    assert "1 superfluous copy in 1 group;" in cots_command("index", "duplicates", *at)
     assert "1 item removed" in cots_command("index", "remove", *at, "--where", "path LIKE '%new.png'")
     assert "fragments 1." in cots_command("index", "compact", *at)
     assert "hnsw" in cots_command("index", "engine", "hnsw", *at)
