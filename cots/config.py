@@ -10,12 +10,16 @@ directory; `~` and environment variables are expanded.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from cots.settings import Settings, read_values, validate_config
 
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+TEMPERATURES = (0.01, 0.5)
 _UNEVEN = "{} {} is no multiple of its {} attention heads"
 
 
@@ -29,7 +33,7 @@ class ImageTowerConfig(Settings):
     """How a picture becomes a square: `squash` ignores its aspect and loses nothing, `crop` cuts the centre out."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Per-channel mean of the pixel values in [0, 1], subtracted from them."""
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
     """Per-channel deviation that they are then divided by."""
     pooling: Literal["cls", "mean"] = "cls"
     """The token that the global embedding is projected from: [CLS], or the mean over the patches."""
@@ -139,9 +143,9 @@ class SourceConfig(Settings):
 
 
 class AugmentationConfig(Settings):
-    crop_scale: tuple[float, float] = (0.6, 1.0)
+    crop_scale: tuple[Share, Share] = (0.6, 1.0)
     """Area share of a random crop."""
-    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    crop_ratio: tuple[Positive, Positive] = (0.75, 1.3333)
     """Aspect range of a random crop."""
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a mirror image; captions that say `left` or `right` keep theirs unmirrored."""
@@ -156,6 +160,13 @@ class AugmentationConfig(Settings):
     """Probability that one random rectangle is erased."""
     drop_words: float = Field(0.0, ge=0, lt=1)
     """Probability that a caption's word is left out."""
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> "AugmentationConfig":
+        for name, (low, high) in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
+            if low > high:
+                raise ValueError(f"{name} [{low:g}, {high:g}] is a range; give the smaller number first")
+        return self
 
 
 class DataConfig(Settings):
@@ -250,7 +261,7 @@ class NoiseFilterConfig(Settings):
 class ObjectiveConfig(Settings):
     temperature: float = Field(0.05, gt=0)
     learn_temperature: bool = False
-    """Train the temperature, started at `temperature` and kept in [0.01, 0.5]."""
+    """Train the temperature, started at `temperature` and kept in [0.01, 0.5] (`TEMPERATURES`)."""
     momentum: float = Field(0.99, ge=0, le=1)
     """Decay of the momentum towers' exponential moving average, per step."""
     contrastive: ContrastiveConfig = ContrastiveConfig()
@@ -265,6 +276,25 @@ class ObjectiveConfig(Settings):
             raise ValueError("every loss has weight 0; there is nothing to learn")
         return self
 
+    @model_validator(mode="after")
+    def _has_something_to_align(self) -> "ObjectiveConfig":
+        if self.task_alignment.weight and self.contrastive.in_batch == "none" and not self.contrastive.queue_size:
+            raise ValueError(
+                "task_alignment has but one candidate for each pair and nothing to align; set "
+                "contrastive.in_batch=online or a contrastive.queue_size"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _starts_within_bounds(self) -> "ObjectiveConfig":
+        low, high = TEMPERATURES
+        if self.learn_temperature and not low <= self.temperature <= high:
+            raise ValueError(
+                f"temperature {self.temperature:g} lies outside of [{low}, {high}], in which a learned one is kept; "
+                "start it within"
+            )
+        return self
+
 
 class OptimizerConfig(Settings):
     learning_rate: float = Field(1e-4, gt=0)
@@ -276,7 +306,7 @@ class OptimizerConfig(Settings):
     """Each layer of the image tower learns at this share of the rate of the one above it."""
     text_layer_decay: float = Field(1.0, gt=0, le=1)
     weight_decay: float = Field(0.05, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
     clip_norm: float = Field(1.0, ge=0)
     """Gradient norm is clipped here; 0: not."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -289,6 +319,14 @@ class OptimizerConfig(Settings):
     final_rate: float = Field(0.0, ge=0, le=1)
     """Share of the peak rate at the end."""
 
+    @model_validator(mode="after")
+    def _cools_after_warming(self) -> "OptimizerConfig":
+        if self.schedule == "constant" and self.warmup + self.cooldown > 1:
+            raise ValueError(
+                f"warmup {self.warmup:g} and cooldown {self.cooldown:g} are together more than the whole training"
+            )
+        return self
+
 
 class TrainingConfig(Settings):
     output: str = "runs/cots"
@@ -299,7 +337,7 @@ class TrainingConfig(Settings):
     """Pairs per step over all ranks."""
     resume: bool = False
     """Go on from the output directory's last checkpoint, if there is one."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     device: str = "auto"
     """`auto`: cuda if there is one, else cpu."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

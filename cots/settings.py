@@ -18,7 +18,9 @@ from cots.errors import ConfigError
 class Settings(BaseModel):
     """Base of all configuration models: unknown keys are errors, field docstrings are descriptions."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_default=True, frozen=True, allow_inf_nan=False
+    )
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)

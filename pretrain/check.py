@@ -18,7 +18,6 @@ from cots.errors import CotsError, TrainingError
 from cots.model.caption_tokenizer import CaptionTokenizer
 from pretrain.checkpoint import latest_checkpoint
 from pretrain.loader import open_source, steps_per_epoch
-from pretrain.refusals import refuse_settings
 from pretrain.source_check import TINY, ItemFacts, Leak, SourceFacts, find_leaks, look_at
 from pretrain.start import starting_tokenizer
 from pretrain.trial import Trial, try_out
@@ -48,7 +47,7 @@ def check(config: PretrainConfig) -> None:
     """Examine a training and print what was found.
 
     Raises:
-        ConfigError, TrainingError: something would stop the run.
+        TrainingError: something would stop the run.
     """
     console = Console(highlight=False, soft_wrap=False)
     with console.status("looking at the sources"):
@@ -60,12 +59,7 @@ def check(config: PretrainConfig) -> None:
 
 
 def examine(config: PretrainConfig) -> CheckReport:
-    """Everything that `check` prints.
-
-    Raises:
-        ConfigError: the settings alone would stop the run; nothing can be looked at with them.
-    """
-    refuse_settings(config)
+    """Everything that `check` prints."""
     report = CheckReport()
     output = Path(config.training.output)
     if latest_checkpoint(output) is not None and not config.training.resume:

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cots.errors import ConfigError
 
+DEVICES = ("cpu", "cuda", "mps")
 _MOST_STEPS = 10  # between two looks for a signal
 _UNHEEDED = 5.0  # seconds that a signal may wait
 
@@ -48,8 +49,12 @@ def process_group(device: str) -> Iterator[Ranks]:
         target = torch.device(chosen)
     except RuntimeError as error:
         raise ConfigError(f"training.device {device!r} is no device that torch knows; set cpu or cuda.") from error
+    if target.type not in DEVICES:
+        raise ConfigError(f"training.device {device!r} is none that computes; set cpu or cuda.")
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"training.device is {device!r}, but torch sees no GPU; set training.device=cpu.")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"training.device is {device!r}, but torch sees {torch.cuda.device_count()} GPU(s).")
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Ranks(0, 1, target)

@@ -16,7 +16,6 @@ from cots.tokenizer_config import VisualTokenizerTrainingConfig
 from pretrain.checkpoint import latest_checkpoint
 from pretrain.distributed import process_group
 from pretrain.loader import open_source, steps_per_epoch
-from pretrain.refusals import refuse_shared_settings
 from pretrain.source_check import SourceFacts, find_leaks, look_at
 from pretrain.tokenizer_pictures import Squares
 from pretrain.tokenizer_training import TokenizerRun
@@ -32,7 +31,6 @@ def check_tokenizer_training(config: VisualTokenizerTrainingConfig) -> None:
     Raises:
         ConfigError, TrainingError: something would stop the run.
     """
-    refuse_shared_settings(config.data, config.optimizer, config.training)
     console = Console(highlight=False, soft_wrap=True)
     problems: list[str] = []
     if latest_checkpoint(Path(config.training.output)) is not None and not config.training.resume:

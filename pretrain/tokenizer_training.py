@@ -41,7 +41,6 @@ from pretrain.loader import StepSampler, name_of, open_source
 from pretrain.loader_workers import start_server
 from pretrain.momentum import MovingAverage
 from pretrain.optimizer import rate_factor, set_rates
-from pretrain.refusals import refuse_shared_settings
 from pretrain.report import write_report
 from pretrain.telemetry import Telemetry, no_number
 from pretrain.tokenizer_objective import TokenizerObjective, draw_far_patches, kl_weight, temperature_at
@@ -82,7 +81,6 @@ class TokenizerRun:
     """The parts of one training and the loop over its steps."""
 
     def __init__(self, config: VisualTokenizerTrainingConfig, ranks: Ranks) -> None:
-        refuse_shared_settings(config.data, config.optimizer, config.training)
         training = config.training
         if training.batch_size % ranks.count:
             raise ConfigError(f"training.batch_size {training.batch_size} does not divide among {ranks.count} ranks.")

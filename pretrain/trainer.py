@@ -45,7 +45,6 @@ from pretrain.model_card import model_card
 from pretrain.network import TrainingNetwork, freeze_unused, token_grid
 from pretrain.optimizer import rate_factor
 from pretrain.pixel_cache import PixelCache, cached_batches
-from pretrain.refusals import refuse_settings
 from pretrain.report import write_report
 from pretrain.start import starting_encoder, starting_tokenizer
 from pretrain.step import TrainingStep, uses_bf16
@@ -79,7 +78,6 @@ class Run:
     """The parts of one training and the loop over its steps."""
 
     def __init__(self, config: PretrainConfig, ranks: Ranks) -> None:
-        refuse_settings(config)
         training = config.training
         if training.batch_size % (ranks.count * training.accumulation):
             raise ConfigError(

@@ -85,6 +85,31 @@ def test_an_override_that_cannot_be_used(file: Path, override: str, sentence: st
             r"yaml: model\.text_tower: max_length 99 exceeds the 32 positions of the text tower\.$",
         ),
         ("training: {epochs: x, seed: y}", r"training\.epochs.*training\.seed"),
+        ("training: {epochs: .inf}", r"training\.epochs: .*finite number \(got inf\)"),
+        ("objective: {noise_filter: {deviations: .nan}}", r"deviations: .*finite number \(got nan\)"),
+        ("training: {seed: -1}", r"training\.seed: .*greater than or equal to 0 \(got -1\)"),
+        ("training: {seed: 0x10000000000000000}", r"training\.seed: .*less than 9223372036854775808"),
+        ("optimizer: {betas: [0.9, 1.0]}", r"optimizer\.betas\.1: .*less than 1 \(got 1\.0\)"),
+        (
+            "optimizer: {schedule: constant, warmup: 0.5, cooldown: 0.6}",
+            "cooldown 0.6 are together more than",
+        ),
+        ("model: {image_tower: {std: [0.5, 0, 0.5]}}", r"std\.1: .*greater than 0 \(got 0\)"),
+        ("data: {augmentation: {crop_scale: [0, 1]}}", r"crop_scale\.0: .*greater than 0 \(got 0\)"),
+        (
+            "data: {augmentation: {crop_scale: [1, 0.5]}}",
+            r"crop_scale \[1, 0\.5\] is a range; give the smaller",
+        ),
+        ("data: {augmentation: {crop_ratio: [-1, 1]}}", r"crop_ratio\.0: .*greater than 0 \(got -1\)"),
+        (
+            "objective: {contrastive: {weight: 0, queue_size: 0}, task_alignment: {weight: 1}}",
+            "but one candidate for each pair and nothing to align; set contrastive.in_batch=online",
+        ),
+        ("objective: {learn_temperature: true, temperature: 1}", r"temperature 1 lies outside of \[0\.01, 0\.5\]"),
+        (
+            "objective: {task_alignment: {weight: 1, target: momentum, gradient: both}}",
+            "momentum targets do not learn; leave gradient at prediction",
+        ),
     ],
 )
 def test_a_wrong_value_is_named_with_its_place(file: Path, text: str, sentence: str) -> None:

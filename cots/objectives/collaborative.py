@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cots.config import ObjectiveConfig
+from cots.config import TEMPERATURES, ObjectiveConfig
 from cots.objectives.contrastive import contrastive_losses
 from cots.objectives.feature_queue import FeatureQueue
 from cots.objectives.noise_filter import NoiseFilter
@@ -59,13 +59,14 @@ class CollaborativeObjective(nn.Module):
 
     @torch.no_grad()
     def bound_temperature(self) -> None:
-        """Put a learned temperature that a step took out of [0.01, 0.5] back onto the bound.
+        """Put a learned temperature that a step took out of `TEMPERATURES` back onto the bound.
 
         The parameter itself, not what is computed from it: that would have no gradient beyond a bound, and never come
         back.
         """
         if self.config.learn_temperature:
-            self.log_temperature.clamp_(math.log(0.01), math.log(0.5))
+            low, high = map(math.log, TEMPERATURES)
+            self.log_temperature.clamp_(low, high)
 
     def forward(self, batch: PairFeatures, progress: float = 1.0) -> ObjectiveOutput:
         """Sum the instance and the task level over a batch.

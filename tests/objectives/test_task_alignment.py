@@ -128,8 +128,3 @@ def test_momentum_targets_are_the_mean_of_both_directions(in_batch: str, queue_s
     assert image.grad is not None
     assert image.grad.abs().sum() > 0
     assert slow_image.grad is None
-
-
-def test_momentum_targets_do_not_learn() -> None:
-    with pytest.raises(ValueError, match="momentum targets do not learn"):
-        ObjectiveConfig.model_validate({"task_alignment": {"weight": 1, "target": "momentum", "gradient": "both"}})

@@ -176,6 +176,13 @@ def test_a_training_needs_a_tokenizer(make_config: MakeConfig) -> None:
         _start(make_config(model=_changed(make_config(), "text_tower", tokenizer="")))
 
 
+def test_a_tower_that_cannot_be_built_at_a_size_says_so(make_config: MakeConfig) -> None:
+    model = make_config().model.model_dump()
+    model["image_tower"] = {"name": "swin_tiny_patch4_window7_224", "image_size": 64, "pooling": "mean"}
+    with pytest.raises(ConfigError, match="swin_tiny_patch4_window7_224 does not take pictures of 64 px"):
+        _start(make_config(model=model))
+
+
 def test_what_has_to_be_fetched_first_is_said_with_the_command(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

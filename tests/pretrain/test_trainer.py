@@ -246,6 +246,18 @@ def test_a_disk_that_is_full_ends_the_run_with_a_sentence(make_config: MakeConfi
         pretrain(config)
 
 
+@pytest.mark.parametrize(
+    ("device", "sentence"),
+    [
+        ("gpu", "training.device 'gpu' is no device that torch knows; set cpu or cuda"),
+        ("meta", "training.device 'meta' is none that computes; set cpu or cuda"),
+    ],
+)
+def test_a_device_that_does_not_compute_is_refused(make_config: MakeConfig, device: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        pretrain(make_config(training={"device": device}))
+
+
 def test_a_place_that_no_run_can_be_written_to_is_named(make_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingError, match=r"file/run cannot be written \(Not a directory\); make room or choose"):
