@@ -28,6 +28,7 @@ from cots.data.image_io import open_image
 from cots.data.media_kind import HEADER_BYTES, MEDIA_EXTENSIONS, sniff
 from cots.data.samples import Sample, iter_samples
 from cots.data.shards import MEMBER_SEPARATOR, TarIndex, read_captions
+from cots.data.tables import plain_fields
 from cots.data.transforms import TrainingTransform
 from cots.errors import MediaError, SourceError, TrainingError
 from cots.model.caption_tokenizer import CaptionTokenizer
@@ -153,8 +154,7 @@ class ShardPairs:
         if media is None or not captions:
             raise MediaError("", "the shard holds no picture for it" if media is None else "it has no caption")
         captions = tuple(caption.encode(errors="replace").decode() for caption in captions)  # JSON has half characters
-        group = fields.get("group")
-        return Pair(media, captions, "" if group is None else str(group), parts)
+        return Pair(media, captions, plain_fields(fields).get("group", ""), parts)
 
 
 def _media_of(parts: Mapping[str, bytes]) -> bytes | None:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from cots.data.media_kind import HEADER_BYTES, MEDIA_EXTENSIONS, Kind, sniff
 from cots.data.shards import MEMBER_SEPARATOR, Member, group, read_captions, read_span, scan_tar, split_member
-from cots.data.tables import TABLE_EXTENSIONS, read_items
+from cots.data.tables import TABLE_EXTENSIONS, plain_fields, read_items
 from cots.errors import MediaError, SourceError
 
 OnError = Callable[[MediaError], None]
@@ -310,7 +310,7 @@ def _from_pair(shard: str, parts: dict[str, Member], mtime: float, on_error: OnE
         on_error(MediaError(f"{shard}{MEMBER_SEPARATOR}{parts['json'].name}", f"not JSON ({error})"))
     if "license" in fields:
         fields.setdefault("licence", fields.pop("license"))
-    extra = {name: str(value) for name, value in fields.items() if isinstance(value, (str, int, float))}
+    extra = plain_fields(fields)
     for extension, member in media:
         path = f"{shard}{MEMBER_SEPARATOR}{member.name}"
 

@@ -118,7 +118,7 @@ def _row(
     captions: tuple[str, ...] = ()
     for name in CAPTION_COLUMNS:
         captions = captions or clean_captions(_unpacked(fields.get(name)))
-    extra = {name: str(item) for name, item in fields.items() if name and item not in (None, "") and _is_scalar(item)}
+    extra = plain_fields(fields)
     for name in (column, *CAPTION_COLUMNS):
         extra.pop(name, None)
     if "license" in extra:
@@ -127,8 +127,13 @@ def _row(
     return Row(os.path.abspath(table.parent / value.strip()), captions, source, extra, place)
 
 
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, (str, int, float, bool))
+def plain_fields(fields: Mapping[str, Any]) -> dict[str, str]:
+    """What is a text or a number, as text; nothing for what is missing: null, the empty text, pandas' NaN."""
+    return {
+        name: str(value)
+        for name, value in fields.items()
+        if name and isinstance(value, (str, int, float)) and value != "" and value == value
+    }
 
 
 def _unpacked(value: Any) -> Any:

@@ -167,3 +167,10 @@ def test_what_precedes_damage_is_read_before_it_is_told(tmp_path: Path) -> None:
     assert next(items).captions == ("a dog", "a brown dog")
     with pytest.raises(SourceError, match="is not UTF-8"):
         list(items)
+
+
+def test_a_value_that_is_missing_is_no_text(tmp_path: Path) -> None:
+    table = tmp_path / "list.jsonl"
+    table.write_text('{"path": "a.jpg", "group": NaN, "event": null, "place": "", "year": 2024, "tags": ["x"]}\n')
+    (row,) = rows_of(table)[0]
+    assert row.extra == {"year": "2024"}
