@@ -17,7 +17,8 @@ from cots.config import PretrainConfig, SourceConfig
 from cots.errors import CotsError, TrainingError
 from cots.model.caption_tokenizer import CaptionTokenizer
 from pretrain.checkpoint import latest_checkpoint
-from pretrain.loader import open_source, steps_per_epoch
+from pretrain.loader import steps_per_epoch
+from pretrain.pair_sources import open_source
 from pretrain.source_check import TINY, ItemFacts, Leak, SourceFacts, find_leaks, look_at
 from pretrain.start import starting_tokenizer
 from pretrain.trial import Trial, try_out

@@ -17,7 +17,8 @@ from cots.data.square_transform import SquareTransform
 from cots.data.transforms import mentions_side
 from cots.errors import MediaError, SourceError
 from cots.model.caption_tokenizer import CaptionTokenizer
-from pretrain.loader import CLIP_FRAMES, Batch, PairSource, StepSampler, item_id
+from pretrain.loader import Batch, StepSampler, item_id
+from pretrain.pair_sources import CLIP_FRAMES, PairSource
 from pretrain.read_all import read_all
 
 _CAPTIONS = 16  # of an item take part in the draw

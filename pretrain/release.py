@@ -18,8 +18,8 @@ from cots.model.model_directory import read_model, save_model
 from cots.model.pretrained import load_model, model_directory
 from cots.model.retrieval_model import RetrievalModel
 from cots.settings import validate_config
-from pretrain.loader import PairSource, open_source
 from pretrain.model_card import model_card
+from pretrain.pair_sources import PairSource, open_source
 
 
 def release(run: Path, out: Path, validation: Sequence[str], notes: str = "", centering: float = 1.0) -> str:

@@ -20,8 +20,8 @@ from cots.config import DataConfig
 from cots.data.transforms import TrainingTransform
 from cots.errors import MediaError
 from cots.model.caption_tokenizer import CaptionTokenizer
-from pretrain.loader import CLIP_FRAMES, PairSource
 from pretrain.loader_workers import WorkerLoader
+from pretrain.pair_sources import CLIP_FRAMES, PairSource
 
 TINY = 32
 """Pixels: a picture whose shorter side has fewer shows little."""

@@ -17,8 +17,9 @@ from cots.data.transforms import mentions_side
 from cots.data.visual_tokens import stored_tokens
 from cots.errors import ConfigError, SourceError
 from cots.model.caption_tokenizer import CaptionTokenizer
-from pretrain.loader import Batch, PairSource, StepSampler, TrainingPairs, collate, item_id
+from pretrain.loader import Batch, StepSampler, TrainingPairs, collate, item_id
 from pretrain.loader_workers import WorkerLoader
+from pretrain.pair_sources import PairSource
 
 _NEEDED: dict[str, Any] = {"crop_scale": (1.0, 1.0), "rand_augment": 0, "grayscale": 0, "erase": 0, "drop_words": 0}
 

@@ -15,7 +15,8 @@ from cots.errors import CotsError, TrainingError
 from cots.tokenizer_config import VisualTokenizerTrainingConfig
 from pretrain.checkpoint import latest_checkpoint
 from pretrain.distributed import process_group
-from pretrain.loader import open_source, steps_per_epoch
+from pretrain.loader import steps_per_epoch
+from pretrain.pair_sources import open_source
 from pretrain.source_check import SourceFacts, find_leaks, look_at
 from pretrain.tokenizer_pictures import Squares
 from pretrain.tokenizer_training import TokenizerRun

@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 from cots.data.device_augmentation import DRAWS
 from cots.data.square_transform import SquareTransform
 from cots.errors import MediaError, MissingDependency, TrainingError
-from pretrain.loader import CLIP_FRAMES, PairSource, StepSampler, name_of
+from pretrain.loader import StepSampler
 from pretrain.loader_workers import WorkerLoader
+from pretrain.pair_sources import CLIP_FRAMES, PairSource, name_of
 from pretrain.pixel_cache import uniform_draws
 
 Bad = tuple[str, str]  # a sample's name, and why it could not be read

@@ -37,10 +37,11 @@ from pretrain.checkpoint import (
     writing_to,
 )
 from pretrain.distributed import Ranks, StopRequest, process_group
-from pretrain.loader import StepSampler, name_of, open_source
+from pretrain.loader import StepSampler
 from pretrain.loader_workers import start_server
 from pretrain.momentum import MovingAverage
 from pretrain.optimizer import rate_factor, set_rates
+from pretrain.pair_sources import name_of, open_source
 from pretrain.report import write_report
 from pretrain.telemetry import Telemetry, no_number
 from pretrain.tokenizer_objective import TokenizerObjective, draw_far_patches, kl_weight, temperature_at

@@ -39,11 +39,12 @@ from pretrain.checkpoint import (
 )
 from pretrain.distributed import Ranks, StopRequest, process_group
 from pretrain.flops import matrix_rate
-from pretrain.loader import Batch, StepSampler, name_of, open_source, training_loader
+from pretrain.loader import Batch, StepSampler, training_loader
 from pretrain.loader_workers import start_server
 from pretrain.model_card import model_card
 from pretrain.network import TrainingNetwork, freeze_unused, token_grid
 from pretrain.optimizer import rate_factor
+from pretrain.pair_sources import name_of, open_source
 from pretrain.pixel_cache import PixelCache, cached_batches
 from pretrain.report import write_report
 from pretrain.start import starting_encoder, starting_tokenizer

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from cots.errors import MediaError, TrainingError
-from pretrain.loader import PairSource, TablePairs
+from pretrain.pair_sources import PairSource, TablePairs
 
 _FEW = 1000  # entries or samples, of which as many may be bad as of this number
 

@@ -15,7 +15,8 @@ from cots.errors import ConfigError, MediaError, SourceError
 from cots.evaluation.metrics import rank_embeddings, recall_sum, summary
 from cots.model.caption_tokenizer import CaptionTokenizer
 from cots.model.dual_encoder import DualEncoder
-from pretrain.loader import Pair, PairSource, item_id, open_source
+from pretrain.loader import item_id
+from pretrain.pair_sources import Pair, PairSource, open_source
 from pretrain.read_all import read_all
 from pretrain.unusable import entries_left_out
 

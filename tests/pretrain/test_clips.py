@@ -17,7 +17,8 @@ from cots.errors import TrainingError
 from cots.evaluation.evaluate import evaluate
 from cots.model.caption_tokenizer import WordPieceTokenizer
 from cots.model.pretrained import load_model
-from pretrain.loader import Batch, StepSampler, open_source, training_loader
+from pretrain.loader import Batch, StepSampler, training_loader
+from pretrain.pair_sources import open_source
 from pretrain.pixel_cache import PixelCache, cached_batches
 from pretrain.trainer import pretrain
 

@@ -13,7 +13,7 @@ from PIL import Image
 from cots.data.video_io import read_frames
 from cots.evaluation.evaluation_set import read_evaluation_set
 from pretrain.frame_cache import CacheSettings, main, write_frame_cache
-from pretrain.loader import ShardPairs
+from pretrain.pair_sources import ShardPairs
 
 
 @pytest.fixture

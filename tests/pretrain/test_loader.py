@@ -12,15 +12,8 @@ from PIL import Image
 from cots.config import DataConfig, SourceConfig
 from cots.errors import SourceError, TrainingError
 from cots.model.caption_tokenizer import WordPieceTokenizer
-from pretrain.loader import (
-    Batch,
-    StepSampler,
-    TablePairs,
-    epoch_order,
-    open_source,
-    steps_per_epoch,
-    training_loader,
-)
+from pretrain.loader import Batch, StepSampler, epoch_order, steps_per_epoch, training_loader
+from pretrain.pair_sources import TablePairs, open_source
 
 LENGTHS, WEIGHTS = (10, 7, 4), (1.0, 2.5, 0.5)
 

@@ -18,8 +18,9 @@ from cots.errors import MediaError, TrainingError
 from cots.model.caption_tokenizer import WordPieceTokenizer
 from cots.model.clip_tokenizer import ClipTokenizer
 from pretrain import loader_workers
-from pretrain.loader import Batch, StepSampler, TablePairs, open_source, training_loader
+from pretrain.loader import Batch, StepSampler, training_loader
 from pretrain.loader_workers import WorkerLoader
+from pretrain.pair_sources import TablePairs, open_source
 from pretrain.tokenizer_pictures import SquareFrames, decode_all, squares_from_loader
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are spawned")

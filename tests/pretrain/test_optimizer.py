@@ -127,10 +127,13 @@ def test_constant_cools_down_linearly_at_the_end() -> None:
     assert factors[81:] == pytest.approx([share / 20 for share in range(19, 0, -1)])
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "cooldown"),
+    [("cosine", 1.0, 1.0), ("constant", 1.0, 0.0), ("constant", 0.5, 0.5), ("constant", 0.0, 1.0)],
+)
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_schedules_of_a_few_steps_are_sound(schedule: str, steps: int) -> None:
-    config = OptimizerConfig(schedule=schedule, warmup=1.0, cooldown=1.0)
+def test_schedules_of_a_few_steps_are_sound(schedule: str, warmup: float, cooldown: float, steps: int) -> None:
+    config = OptimizerConfig(schedule=schedule, warmup=warmup, cooldown=cooldown)
     assert all(0 < rate_factor(step, steps, config) <= 1 for step in range(steps))
 
 

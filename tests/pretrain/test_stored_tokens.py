@@ -12,7 +12,8 @@ from cots.errors import ConfigError, SourceError
 from cots.model.caption_tokenizer import WordPieceTokenizer
 from cots.model.visual_tokenizer import VisualTokenizer, load_visual_tokenizer, save_visual_tokenizer
 from cots.tokenizer_config import VisualTokenizerConfig
-from pretrain.loader import Batch, StepSampler, open_source
+from pretrain.loader import Batch, StepSampler
+from pretrain.pair_sources import open_source
 from pretrain.stored_tokens import TokenizedPairs, tokenized_loader
 from pretrain.tokenize import tokenize_shards
 from pretrain.trainer import pretrain

@@ -15,7 +15,7 @@ from cots.data.visual_tokens import stored_tokens
 from cots.errors import SourceError
 from cots.model.visual_tokenizer import VisualTokenizer, load_visual_tokenizer, save_visual_tokenizer
 from cots.tokenizer_config import VisualTokenizerConfig
-from pretrain.loader import open_source
+from pretrain.pair_sources import open_source
 from pretrain.tokenize import tokenize_shards
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,8 @@ from cots.errors import ConfigError, SourceError, TrainingError
 from cots.model.visual_tokenizer import load_visual_tokenizer
 from cots.tokenizer_config import VisualTokenizerTrainingConfig
 from pretrain.launch import launch
-from pretrain.loader import StepSampler, open_source
+from pretrain.loader import StepSampler
+from pretrain.pair_sources import open_source
 from pretrain.tokenizer_pictures import SquareFrames, decode_all, squares_from_loader, squares_in_memory
 from pretrain.tokenizer_training import train_visual_tokenizer
 from pretrain.tokenizer_validation import figures, reconstruction_sheet
