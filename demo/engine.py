@@ -137,7 +137,7 @@ class Engine:
             with suppress(CotsError):  # whoever filters gets the sentence
                 self.shelf.searcher.gallery.ids("id < 0")
 
-        threading.Thread(target=load_the_rest, daemon=True).start()
+        threading.Thread(target=load_the_rest).start()  # which Ctrl-C waits for: torch aborts if it is cut off
 
     def search(
         self,
