@@ -259,7 +259,7 @@ class NoiseFilterConfig(Settings):
 
 
 class ObjectiveConfig(Settings):
-    temperature: float = Field(0.05, gt=0)
+    temperature: float = Field(0.05, ge=1e-3)
     learn_temperature: bool = False
     """Train the temperature, started at `temperature` and kept in [0.01, 0.5] (`TEMPERATURES`)."""
     momentum: float = Field(0.99, ge=0, le=1)
@@ -361,7 +361,9 @@ class TrainingConfig(Settings):
     """Steps between two further checkpoints; 0: none."""
     keep_checkpoints: int = Field(2, ge=1)
     averaging: float = Field(0.0, ge=0, lt=1)
-    """Decay per step of a slow average of the weights that is validated and saved in place of them; 0: none."""
+    """Decay per step of a slow average of the weights that is validated and saved in place of them; 0: none. It begins
+    as the weights that the training starts from, and these still count in runs of fewer than 3 / (1 - averaging) steps.
+    """
     averaging_start: float = Field(0.0, ge=0, lt=1)
     """Share of the steps after which that average begins."""
     weights_dtype: Literal["float32", "float16", "int8"] = "float32"

@@ -145,6 +145,12 @@ def _count_steps(
         report.problems.append(str(error))
         return
     report.steps = max(1, round(training.epochs * per_epoch))
+    pairs, needed = report.steps * training.batch_size, config.objective.noise_filter.queue_size
+    if needed > pairs:
+        report.warnings.append(
+            f"objective.noise_filter begins once it has seen {needed:,} pairs, and the whole run has {pairs:,}; set a "
+            "smaller queue_size."
+        )
 
 
 def _judge_items(config: PretrainConfig, source: SourceFacts, report: CheckReport) -> None:

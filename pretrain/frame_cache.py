@@ -180,6 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--max-failures", type=float, default=0.01, help="share of items that may be left out")
     given = parser.parse_args(arguments)
+    if min(given.rate, given.short_side, given.workers) <= 0:
+        parser.error("--rate, --short-side and --workers must be above 0")
     settings = CacheSettings(given.rate, given.short_side, given.quality)
     try:
         cache = write_frame_cache(

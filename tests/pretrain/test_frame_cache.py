@@ -69,6 +69,9 @@ def test_broken_clips_are_named_and_too_many_are_an_error(tmp_path: Path, capsys
     assert main([str(shard), "--out", str(tmp_path / "b")]) == 1
     assert "1 of 2 items cannot be decoded" in capsys.readouterr().err
     assert main([str(tmp_path / "missing.tar"), "--out", str(tmp_path / "b")]) == 1
+    with pytest.raises(SystemExit):
+        main([str(shard), "--out", str(tmp_path / "c"), "--workers", "0"])
+    assert "must be above 0" in capsys.readouterr().err
 
 
 def test_fields_of_the_json_are_kept(source: Path, tmp_path: Path) -> None:

@@ -166,6 +166,11 @@ def test_rows_of_a_table_that_are_left_out_are_named(make_config: MakeConfig, tm
     assert "mute.png: it has no caption" in text
 
 
+def test_a_filter_that_would_never_begin_is_told(make_config: MakeConfig) -> None:
+    report = examine(make_config(objective={"noise_filter": {"queue_size": 5000}}))
+    assert [warning for warning in report.warnings if "begins once it has seen 5,000 pairs" in warning]
+
+
 def test_too_many_entries_that_are_left_out_stop_the_run_as_its_check_says(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
