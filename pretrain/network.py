@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from cots.model.dual_encoder import DualEncoder
 from cots.objectives.masked_modeling import MaskedModelingHead
 
 Counts = tuple[int, ...] | None
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass
@@ -141,18 +143,17 @@ def freeze_unused(encoder: DualEncoder, config: PretrainConfig) -> None:
     """
     size = config.data.image_size or config.model.image_tower.image_size
     frames = (2,) if config.data.frames_per_item > 1 else ()
-    training = encoder.training
-    image = encoder.eval().encode_image(torch.zeros(1, *frames, 3, size, size, dtype=torch.uint8))
-    text = encoder.encode_text(torch.ones(1, config.model.text_tower.max_length, dtype=torch.int64))
+    outline = without_data(encoder).eval()
+    image = outline.encode_image(torch.zeros(1, *frames, 3, size, size, dtype=torch.uint8, device="meta"))
+    text = outline.encode_text(torch.ones(1, config.model.text_tower.max_length, dtype=torch.int64, device="meta"))
     outputs = image.embedding, image.tokens, text.embedding, text.tokens
     torch.stack([output.sum() for output in outputs]).sum().backward()
-    for parameter in encoder.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
-        parameter.grad = None
-    encoder.train(training)
+    for parameter, outlined in zip(encoder.parameters(), outline.parameters(), strict=True):
+        if outlined.grad is None:
+            parameter.requires_grad_(False)
 
 
-def without_data(network: TrainingNetwork) -> TrainingNetwork:
+def without_data(network: Network) -> Network:
     """A copy that knows the shapes of its weights and buffers alone (the meta device), and takes no memory."""
     tensors: list[Tensor] = [*network.parameters(), *network.buffers()]
     shapes = [torch.empty_like(tensor, device="meta") for tensor in tensors]

@@ -330,8 +330,7 @@ def create_step(config: PretrainConfig, ranks: Ranks) -> TrainingStep:
     tokenizer = starting_tokenizer(config)
     encoder = starting_encoder(config, tokenizer)
     grid = token_grid(encoder, config)
-    if ranks.count > 1 and config.training.sharding == "replicated":
-        freeze_unused(encoder, config)
+    freeze_unused(encoder, config)
     masked = config.objective.masked_modeling
     visual_tokenizer: VisualTokenizer | None = None
     if masked.image_weight:
