@@ -1,7 +1,7 @@
 """Clips: the model as it is, fine-tuned with the mean of frames, with a temporal transformer, and frozen features.
 
-    python -m pretrain.frame_cache "data/clips/train-*.tar" --out data/frames/clips-train --quality 30
-    python -m pretrain.frame_cache "data/clips/val-*.tar" --out data/frames/clips-val --quality 30
+    python -m pretrain.frame_cache "data/clips/train-*.tar" --out data/frames/clips-train
+    python -m pretrain.frame_cache "data/clips/val-*.tar" --out data/frames/clips-val
     python benchmarks/video_ablation.py --gpus 0 --per-gpu 4 --frames data/frames --out video_ablation.jsonl
     python benchmarks/video_ablation.py --table video_ablation.jsonl
 
