@@ -41,6 +41,9 @@ class Ranks:
 def process_group(device: str) -> Iterator[Ranks]:
     """Join torchrun's process group (nccl on cuda, gloo on cpu) if there is one, and leave it at the end.
 
+    A rank that fails does not leave it but dies with its error: to leave, NCCL waits for what other ranks have begun,
+    who wait for this one.
+
     Raises:
         ConfigError: the device does not exist.
     """
@@ -57,6 +60,8 @@ def process_group(device: str) -> Iterator[Ranks]:
         raise ConfigError(f"training.device is {device!r}, but torch sees {torch.cuda.device_count()} GPU(s).")
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
+        if target.index is not None:
+            torch.cuda.set_device(target)
         yield Ranks(0, 1, target)
         return
     if target.type == "cuda":
@@ -64,10 +69,8 @@ def process_group(device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(target)
     # Others wait while the first rank validates; of one that died, torchrun ends the others at once.
     dist.init_process_group("nccl" if target.type == "cuda" else "gloo", timeout=timedelta(hours=1))
-    try:
-        yield Ranks(dist.get_rank(), count, target)
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(dist.get_rank(), count, target)
+    dist.destroy_process_group()
 
 
 class StopRequest:
