@@ -7,6 +7,7 @@ it holds the interpreter's lock, and for a single sentence the GPU waits for it 
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, TypeVar
@@ -33,20 +34,28 @@ def record(work: Callable[[], T], stream: torch.cuda.Stream, pool: Any) -> tuple
     Raises:
         RuntimeError: there is no memory for it (torch.OutOfMemoryError), or the device does not allow it.
     """
-    before = torch.cuda.current_stream(stream.device)
     graph = torch.cuda.CUDAGraph()
-    try:
-        # other threads may go on allocating and copying meanwhile
-        with _one_at_a_time, torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-            result = work()
-    except RuntimeError:
-        # Before torch 2.13 the generator of random numbers goes on believing that it is recorded.
-        generator = torch.cuda.default_generators[stream.device.index]
-        generator.graphsafe_set_state(generator.clone_state())
-        raise
-    finally:
-        torch.cuda.set_stream(before)  # which torch does not do for a recording that fails
+    with torch.cuda.device(stream.device):
+        before = torch.cuda.current_stream()
+        try:
+            # other threads may go on allocating and copying meanwhile
+            with _one_at_a_time, torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                result = work()
+        except RuntimeError:
+            _clear_up(stream.device.index, pool)
+            raise
+        finally:
+            torch.cuda.set_stream(before)  # which torch does not do for a recording that fails
     return graph, result
+
+
+def _clear_up(device: int, pool: Any) -> None:
+    """What torch leaves behind before 2.13 when a recording fails: the allocator goes on taking memory from the pool,
+    and the generator of random numbers believes that it is recorded."""
+    with suppress(RuntimeError):  # the pool is no longer in use
+        torch._C._cuda_endAllocateToPool(device, pool)
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 @dataclass
@@ -112,6 +121,7 @@ class RecordedFunction:
             graph, result = record(lambda: self._function(own), self._stream, self._pool)
         except RuntimeError as error:  # of which running out of memory is one
             log.debug("a call for %s could not be recorded: %s", tuple(given.shape), error)
+            self._pool = torch.cuda.graph_pool_handle()  # for the next, whatever became of this one
             return None
         return _Recording(graph, own, result)
 

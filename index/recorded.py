@@ -34,9 +34,9 @@ class _Recording:
 class RecordedSearches:
     """Answers to a few queries at a time; several threads may ask, and one after another is answered.
 
-    A search of a kind (see `answer`) is run as it is the first time, which compiles its kernels, and recorded the
-    second time; one that cannot be recorded is run as it is from then on. The recordings used last are kept, and share
-    what memory they need beside their results.
+    A search of a kind (see `answer`) is run as it is the first time, and prepared and recorded the second time; one
+    that cannot be recorded is run as it is from then on. The recordings used last are kept, and share what memory they
+    need beside their results.
 
     Args:
         width: of queries on the device.
@@ -87,8 +87,12 @@ class RecordedSearches:
             if self._stream is None:
                 self._stream, self._pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
             queries = torch.zeros(size, self._width, device=self._device)
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._stream):
+                search(queries)
             graph, (scores, places) = record(lambda: search(queries), self._stream, self._pool)
         except RuntimeError as error:  # of which running out of memory is one
             log.debug("a search for %d queries could not be recorded: %s", size, error)
+            self._pool = torch.cuda.graph_pool_handle()  # for the next, whatever became of this one
             return None
         return _Recording(graph, queries, scores, places)

@@ -99,7 +99,8 @@ def test_a_million_vectors_on_a_gpu() -> None:
 def test_plain_torch_on_a_gpu_gives_the_same() -> None:
     vectors, asked, allowed = drawn(9, 5000, 64, 20, 0.5, False)
     index = filled(vectors, TorchPasses(), "cuda")
-    assert_exact(index, vectors, asked, 10)
+    for _ in range(3):  # as it is, recorded, replayed
+        assert_exact(index, vectors, asked, 10)
     assert_exact(index, vectors, asked, 10, allowed)
 
 
