@@ -110,6 +110,7 @@ class GpuJpegDecoder:
                 encoded = [torch.frombuffer(content, dtype=torch.uint8) for content, _ in part]
                 decoded = _decode(encoded, lambda files: self.library.decode(files, self.device))
                 pictures += self._scale(decoded, [header for _, header in part])
+                del decoded  # before the next part is
         return pictures
 
     def _scale(self, decoded: list[Tensor | None], headers: list[BaselineJpeg]) -> list[Tensor | None]:

@@ -146,9 +146,12 @@ def test_several_threads_decode_at_once(library: JpegLibrary, device: torch.devi
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_busy_stream_does_not_see_the_next_pictures_in_its_own(library: JpegLibrary) -> None:
-    """torchvision's decoder writes on a stream of its own; here each stream is kept busy with kernels that read old
-    pictures."""
+def test_a_busy_stream_does_not_see_the_next_pictures_in_its_own(
+    library: JpegLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchvision's decoder writes on a stream of its own; here part after part is decoded where the one before lay,
+    while the decoder's own stream is still busy scaling it."""
+    monkeypatch.setattr(gpu_jpeg, "PIXELS_AT_ONCE", 1_000_000)
     decoder = GpuJpegDecoder(SquareTransform(224), torch.device("cuda"), library)
     contents = [jpeg(place, 640, 480) for place in range(32)]
     files = [with_header(content) for content in contents]
