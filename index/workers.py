@@ -37,9 +37,9 @@ class ProcessCrew:
 
     def __init__(self, size: int, recipe: Recipe) -> None:
         self.size = size
-        gpus = torch.cuda.device_count() if recipe.device.startswith("cuda") else 0
+        gpus = torch.cuda.device_count() if recipe.device == "cuda" else 0
         threads = recipe.threads or max(cores() // size, 1)
-        self.window = window(threads, on_gpu=gpus > 0)
+        self.window = window(threads, on_gpu=recipe.device.startswith("cuda"))
         devices = [f"cuda:{worker % gpus}" if gpus else recipe.device for worker in range(size)]
         self._recipes = [replace(recipe, device=device, threads=threads) for device in devices]
         self._spawning = multiprocessing.get_context("spawn")
