@@ -75,7 +75,19 @@ def load_whole(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def load_whole_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """load_state_dict of an optimizer whose state is whole, of which every rank takes its part."""
+    """load_state_dict of an optimizer whose state is whole, of which every rank takes its part.
+
+    Raises:
+        ConfigError: it is of other parameters.
+    """
+    before, now = (
+        [len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups)
+    )
+    if before != now:
+        raise ConfigError(
+            f"The checkpoint trains {sum(before)} parameters and this version {sum(now)}: layers that no embedding "
+            "hangs on no longer learn; start a new training.output."
+        )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     own = {
         index: {
