@@ -198,19 +198,21 @@ def test_no_process_sees_ctrl_c_not_even_the_first(tmp_path: Path) -> None:
 
 
 def test_too_many_unreadable_files_stop_the_run(photos: Path, tmp_path: Path, tiny_model: RetrievalModel) -> None:
+    of_other_tests = multiprocessing.active_children()
     for number in range(12):
         (photos / f"bad{number}.png").write_bytes((photos / "00.png").read_bytes()[:60])
     with pytest.raises(SourceError, match=r"could not be read, more than the allowed share of 0\.1"):
         build([photos], tmp_path / "gallery", tiny_model, workers=1, max_bad_share=0.1)
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(of_other_tests)
 
 
 def test_workers_that_find_another_model_say_so(photos: Path, tiny_model_dir: Path) -> None:
+    of_other_tests = multiprocessing.active_children()
     recipe = Recipe(str(tiny_model_dir), "0123456789", "cpu", 1, None)
     samples = list(iter_samples([photos], on_error=print))
     with pytest.raises(CotsError, match=r"another model by the name .* than the one that builds .*\(01234567\)"):
         list(embed_with(ProcessCrew(1, recipe), samples, on_error=print))
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(of_other_tests)
 
 
 def test_workers_that_die_whatever_they_are_given_stop_the_run(tmp_path: Path) -> None:
