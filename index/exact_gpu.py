@@ -39,6 +39,7 @@ import torch
 from torch.nn.functional import pad
 
 from cots.errors import GalleryError
+from index.allowed_rows import as_bits, upload
 from index.exact import checked_queries
 from index.recorded import RecordedSearches
 from index.topk_passes import LARGEST_TILE, Passes, Rows, padded_width, passes_for
@@ -278,28 +279,17 @@ class ExactGpuIndex:
         if len(unusable):
             usable = usable.copy()
             usable[unusable] = False
-        bits, finite = self._packed(usable)
+        flags, finite = upload(usable, self.device)
         most = SCRATCH if number is None else SCRATCH // KEPT_FILTERS
         if finite > FEW_ALLOWED * self._count or 2 * self._width * finite > most:
-            rows = Rows(self._vectors, self._count, bits.view(torch.int32))
+            rows = Rows(self._vectors, self._count, as_bits(flags, len(self._vectors)))
             return _Searched(number, rows, None, finite, unusable)
-        every = torch.arange(8, dtype=torch.uint8, device=self.device)
-        flags = (bits[:, None] >> every) & 1
-        origin = flags.flatten().nonzero_static(size=finite).flatten()
+        origin = flags.nonzero_static(size=finite).flatten()
         capacity = -(-finite // LARGEST_TILE) * LARGEST_TILE
         few = self._vectors.new_empty(capacity, self._width)
         torch.index_select(self._vectors, 0, origin, out=few[:finite])
         few[finite:] = 0
         return _Searched(number, Rows(few, finite), origin, finite, unusable)
-
-    def _packed(self, usable: np.ndarray) -> tuple[torch.Tensor, int]:
-        """Flags (N,) as bits (capacity / 8,) uint8 on the device, 0 behind the last, and how many are set. They are
-        counted here, so that nothing waits for the device."""
-        bits = torch.zeros(len(self._vectors) // 8, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        packed = np.packbits(usable, bitorder="little")
-        bits.numpy()[: len(packed)] = packed
-        count = int(np.bitwise_count(bits.numpy().view(np.uint64)).sum(dtype=np.int64))
-        return bits.to(self.device, non_blocking=True), count
 
     def _batch(self, rows: Rows, k: int) -> int:
         """How many queries are answered at once, so that what is kept of each stays within `SCRATCH`."""
