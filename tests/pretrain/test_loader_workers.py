@@ -27,12 +27,15 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers ar
 
 # no `if __name__ == "__main__"`: a worker that ran it again would train
 SCRIPT = """
+import faulthandler
+import signal
 import sys
 from pathlib import Path
 from cots.config import PretrainConfig
 from pretrain import loader_workers
 from pretrain.trainer import pretrain
 
+faulthandler.register(signal.SIGUSR1)
 loader_workers.holds_gpu = lambda: True
 print("training")
 try:
@@ -208,7 +211,7 @@ def test_workers_end_with_their_trainer(
             trainer.kill()
         else:
             os.killpg(trainer.pid, number)  # as a terminal or a scheduler does
-        code = trainer.wait(60)
+        code = _ended(trainer, tmp_path / "output.txt")
     finally:
         trainer.kill()
     text = (tmp_path / "output.txt").read_text()
@@ -230,6 +233,16 @@ def test_a_trainer_that_fails_ends(make_config: Callable[..., PretrainConfig], t
     command = [sys.executable, str(tmp_path / "train.py"), str(tmp_path / "config.json"), gpu]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stderr.splitlines()[-1]) == (1, "ZeroDivisionError: division by zero")
+
+
+def _ended(trainer: subprocess.Popen, output: Path) -> int:
+    """The exit status, or a failure that shows where each of its threads hangs."""
+    try:
+        return trainer.wait(60)
+    except subprocess.TimeoutExpired:
+        trainer.send_signal(signal.SIGUSR1)
+        time.sleep(2)
+        pytest.fail(f"the trainer goes on\n{output.read_text()}")
 
 
 def _parents() -> dict[int, int]:
