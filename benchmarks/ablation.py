@@ -167,6 +167,9 @@ def main() -> None:
                     overrides.append(f"data.train=[{{path: '{arguments.runs}/noisy/train-*.tar'}}]")
                 jobs.put((name, overrides, seed))
                 count += 1
+    # else each run starts a thread for every core, and all of them wait for each other
+    threads = max((os.cpu_count() or 1) // (len(arguments.gpus) * arguments.per_gpu), 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     workers = [
         context.Process(target=serve, args=(gpu, jobs, results, arguments.runs, arguments.config))
         for gpu in arguments.gpus

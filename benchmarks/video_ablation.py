@@ -2,7 +2,7 @@
 
     python -m pretrain.frame_cache "data/clips/train-*.tar" --out data/frames/clips-train
     python -m pretrain.frame_cache "data/clips/val-*.tar" --out data/frames/clips-val
-    python benchmarks/video_ablation.py --gpus 0 --per-gpu 4 --frames data/frames --out video_ablation.jsonl
+    python benchmarks/video_ablation.py --gpus 0 --per-gpu 6 --frames data/frames --out video_ablation.jsonl
     python benchmarks/video_ablation.py --table video_ablation.jsonl
 
 An arm is configs/finetune_video_text.yaml with some settings changed. Trained arms are measured after the last step,
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", default=BY_DEFAULT, choices=list(ARMS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--gpus", nargs="*", default=["0"])
-    parser.add_argument("--per-gpu", type=int, default=3, help="runs that share a GPU")
+    parser.add_argument("--per-gpu", type=int, default=3, help="runs that share a GPU, of up to 22 GB each")
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--model", default="embedded", help="to start from")
     parser.add_argument(
@@ -218,6 +218,9 @@ def main() -> None:
     jobs, results = context.Queue(), context.Queue()
     for job in missing:
         jobs.put(job)
+    # else each run starts a thread for every core, and all of them wait for each other
+    threads = max((os.cpu_count() or 1) // (len(given.gpus) * given.per_gpu), 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     for gpu in given.gpus:
         for _ in range(given.per_gpu):
             context.Process(target=serve, args=(gpu, jobs, results, given)).start()
