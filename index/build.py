@@ -122,6 +122,7 @@ def build(
     first = list(islice(stream, 1))  # a source that cannot be used says so here, before a gallery is made
     with _cluster(cluster) as ray, writing(gallery_dir) as directory:
         gallery = create_gallery(directory, model, table)
+        check_engine(engine or gallery.manifest.requested, None)
         fresh = gallery.table.count_rows() == 0
         known = KnownItems(gallery)
         writer = TableWriter(gallery, _reserve_ids(gallery))

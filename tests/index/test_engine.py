@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gallery_media import write_picture
 
-from cots.errors import GalleryError
+from cots.errors import GalleryError, MissingDependency
 from cots.model.retrieval_model import RetrievalModel
 from index import ann, engine, structures
 from index.build import build, info, remove
@@ -183,6 +183,19 @@ def test_without_faiss_every_vector_is_compared(
     assert_exact(gallery, tiny_model, "exact")
     (sentence,) = caplog.messages
     assert "pip install 'cots[cpu]'" in sentence
+
+
+def test_a_build_that_lacks_faiss_says_so_before_it_embeds(
+    gallery: Gallery, photos: Path, tiny_model: RetrievalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_engine(gallery.directory, "hnsw")
+    before = open_gallery(gallery.directory).snapshot.version
+    write_picture(photos / "new.png", 900)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(MissingDependency, match="faiss"):
+        build([photos], gallery.directory, tiny_model)
+    assert open_gallery(gallery.directory).snapshot.version == before
+    assert build([photos], gallery.directory, tiny_model, engine="exact").added == 1
 
 
 def test_a_structure_that_is_replaced_while_it_is_read_gives_way_to_the_next(
