@@ -23,17 +23,6 @@ _PATTERN = "step-*.pt"
 _CANNOT_WRITE = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST,
 }  # fmt: skip
-_FREE_ON_RESUMING: dict[str, set[str]] = {
-    "model": set(),
-    "start": {"image_tower", "text_tower", "model"},
-    "data": {"workers", "validation", "max_bad_share"},
-    "objective": set(),
-    "optimizer": set(),
-    "training": {
-        "output", "resume", "device", "compile", "activation_checkpointing", "log_every", "validate_every",
-        "checkpoint_every", "checkpoint_steps", "keep_checkpoints", "weights_dtype", "tensorboard", "wandb",
-    },
-}  # fmt: skip
 
 
 def save_checkpoint(run: Path, state: dict[str, Any], step: int, keep: int) -> Path:
@@ -110,13 +99,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def refuse_other_training(
-    path: Path, before: dict[str, Any], now: dict[str, Any], free: dict[str, set[str]] = _FREE_ON_RESUMING
-) -> None:
+def refuse_other_training(path: Path, before: dict[str, Any], now: dict[str, Any], free: dict[str, set[str]]) -> None:
     """A run goes on with the settings that it began with; how it reads, computes and logs may change.
 
     Args:
-        free: the settings of each section that may; by default those of a training of the two towers.
+        free: the settings of each section that may.
 
     Raises:
         ConfigError: a setting that the weights, averages or the order of the samples hang on is another one.

@@ -1,0 +1,282 @@
+"""What every training is: a loop over steps that logs, validates, saves, ends when it is told to, and goes on later."""
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from cots.config import PretrainConfig
+from cots.errors import ConfigError, TrainingError
+from cots.tokenizer_config import VisualTokenizerTrainingConfig
+from pretrain.checkpoint import (
+    latest_checkpoint,
+    random_state,
+    read_checkpoint,
+    refuse_other_items,
+    refuse_other_training,
+    restore_random_state,
+    save_checkpoint,
+    writing_to,
+)
+from pretrain.distributed import Ranks, StopRequest, process_group
+from pretrain.loader import StepSampler
+from pretrain.optimizer import rate_factor
+from pretrain.pair_sources import name_of, open_source
+from pretrain.report import write_report
+from pretrain.telemetry import Telemetry, no_number
+from pretrain.unusable import name_left_out, too_many
+
+# what neither the weights nor the order of the samples hang on
+FREE_ON_RESUMING: dict[str, set[str]] = {
+    "start": {"image_tower", "text_tower", "model"},
+    "data": {"workers", "validation", "max_bad_share"},
+    "training": {
+        "output", "resume", "device", "compile", "activation_checkpointing", "log_every", "validate_every",
+        "checkpoint_every", "checkpoint_steps", "keep_checkpoints", "weights_dtype", "tensorboard", "wandb",
+    },
+}  # fmt: skip
+
+Config = TypeVar("Config", PretrainConfig, VisualTokenizerTrainingConfig)
+Step = TypeVar("Step")
+"""A rank's part of a step's samples."""
+
+
+class TrainingRun(ABC, Generic[Config, Step]):
+    """A training as configured. A kind of training says how its samples are read, what a step does with them, how it is
+    validated, and what of its state a checkpoint holds.
+
+    A kind's constructor calls, in this order: this one, `_open_sources`, and once its networks stand `_begin`.
+
+    Attributes:
+        directory: of the run.
+        checkpoint: what the run goes on from, if anything.
+        sources, sampler: the training sources, and which of their items are whose in each step.
+        epoch_steps, steps: of an epoch and of the training.
+        step: how many have been taken.
+        samples_read, samples_bad: of this rank.
+        best: `criterion`, `step` and `results` of the validation that was best.
+    """
+
+    worst: float
+    """A criterion that any validation beats."""
+
+    def __init__(self, config: Config, ranks: Ranks, parts: int = 1) -> None:
+        training = config.training
+        if training.batch_size % (ranks.count * parts):
+            raise ConfigError(
+                f"training.batch_size {training.batch_size} does not divide among {ranks.count} ranks"
+                + (f" in {parts} parts." if parts > 1 else ".")
+            )
+        self.config: Config = config
+        self.ranks, self.device = ranks, ranks.device
+        self.directory = Path(training.output)
+        self.checkpoint = latest_checkpoint(self.directory)
+        if self.checkpoint is not None and not training.resume:
+            raise ConfigError(
+                f"{self.directory} holds a run already; go on with training.resume=true or choose another "
+                "training.output."
+            )
+        self.step = self.samples_read = self.samples_bad = 0
+        self.best: dict[str, Any] = {"criterion": self.worst, "step": -1}
+
+    def _open_sources(self) -> None:
+        data, training = self.config.data, self.config.training
+        if not data.train:
+            raise ConfigError("data.train names no source; give one, such as data.train='[{path: pairs.tar}]'.")
+        self.sources = [open_source(source) for source in data.train]
+        self.sampler = StepSampler(
+            [len(source) for source in self.sources],
+            [source.weight for source in data.train],
+            training.batch_size,
+            training.seed,
+            self.ranks.rank,
+            self.ranks.count,
+        )
+        self.epoch_steps = self.sampler.steps_per_epoch
+        self.steps = max(1, round(training.epochs * self.epoch_steps))
+
+    def _begin(self) -> None:
+        """Stand where the first step begins, or the checkpoint ended; from here on ranks draw different numbers."""
+        training = self.config.training
+        torch.manual_seed(training.seed + 1 + self.ranks.rank)
+        if self.checkpoint is not None:
+            self._restore(self.checkpoint)
+        self.logged = self.step
+        if self.ranks.first:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            written = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+            (self.directory / "config.yaml").write_text(written)
+        self.telemetry = Telemetry(
+            self.directory,
+            self.steps,
+            self.step,
+            training.batch_size,
+            self.ranks.first,
+            ranks=self.ranks.count,
+            settings=self.config.model_dump(mode="json"),
+            tensorboard=training.tensorboard,
+            wandb=training.wandb,
+        )
+
+    @property
+    @abstractmethod
+    def trained(self) -> nn.Module:
+        """What is put into training mode."""
+
+    @abstractmethod
+    def _introduction(self) -> str: ...
+
+    @abstractmethod
+    def _samples(self) -> Iterator[Step]:
+        """The samples of every step that is left."""
+
+    @abstractmethod
+    def _take(self, samples: Step) -> tuple[dict[str, Tensor], float]:
+        """Train on a step's samples, having counted them; what the log has of it, and its floating-point operations (0:
+        not counted)."""
+
+    @abstractmethod
+    def _validate(self) -> None:
+        """Measure, and keep what is best; called at the last step, and as often as `training.validate_every` says."""
+
+    @abstractmethod
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the run's own; every rank is asked, the first one's is written."""
+
+    @abstractmethod
+    def _restore_state(self, state: dict[str, Any]) -> None: ...
+
+    @abstractmethod
+    def _outcome(self) -> str:
+        """Where what was trained is, for the last line."""
+
+    def train(self) -> None:
+        """Take every step that is left, or those until SIGTERM."""
+        training = self.config.training
+        self.telemetry.say(self._introduction())
+        name_left_out(self.sources, self.config.data.max_bad_share, self.telemetry.say)
+        if training.resume and self.step == 0:
+            self.telemetry.say(f"{self.directory} holds no checkpoint to go on from; this run starts from nothing.")
+        with StopRequest(self.ranks) as stop:
+            steps = self._samples()
+            self.trained.train()
+            self.telemetry.restart()
+            while self.step < self.steps:
+                asked = time.perf_counter()
+                samples = next(steps)
+                waited = time.perf_counter() - asked
+                scalars, flops = self._take(samples)
+                self.telemetry.step(scalars, waited, flops)
+                self.step += 1
+                last, stopping = self.step == self.steps, stop.requested()
+                every = training.checkpoint_steps
+                saving = self._due(training.checkpoint_every) or last or stopping or (every and self.step % every == 0)
+                # a row before each checkpoint: a run that goes on from it begins the next row as one that was not
+                # stopped does, and no weights are saved that are no numbers
+                if saving or self.step % training.log_every == 0 or self.step % self.epoch_steps == 0:
+                    self._log()
+                if self._due(training.validate_every) or last:
+                    self._validate()
+                if saving:
+                    self._save()
+                if stopping and not last:
+                    self.telemetry.say(f"Stopped at step {self.step}; go on with training.resume=true.")
+                    return
+        self.telemetry.say(f"Done: {self.steps} steps; {self._outcome()}.")
+
+    def _due(self, epochs: int) -> bool:
+        return epochs > 0 and self.step % (epochs * self.epoch_steps) == 0
+
+    def _log(self) -> None:
+        factor = rate_factor(self.step - 1, self.steps, self.config.optimizer)
+        rate = {"learning_rate": factor * self.config.optimizer.learning_rate}
+        means = self.telemetry.flush(self.step, self.step / self.epoch_steps, rate)
+        if broken := no_number(means):
+            raise TrainingError(
+                f"The {broken} is no longer a number at step {self.step}; the items of the last steps are named in "
+                f"{self._name_items()}. Lower the learning rate or set optimizer.clip_norm."
+            )
+        self.logged = self.step
+
+    def _name_items(self) -> Path:
+        """Write the names of this rank's items since the last row of the log; returns the file."""
+        path = self.directory / f"last-items-rank{self.ranks.rank}.jsonl"
+        with path.open("w", encoding="utf-8") as file:
+            for step, items in enumerate(self.sampler.between(self.logged, self.step), self.logged + 1):
+                names = [name_of(self.sources, item) for _, item in items]
+                file.write(json.dumps({"step": step, "items": names}) + "\n")
+        return path
+
+    def _refuse_too_many_bad(self, bad: Sequence[tuple[str, str]], read: int, *, alike: bool) -> None:
+        """Count and name samples that could not be read, among so many that were.
+
+        Args:
+            alike: this rank read all items, as every other did.
+        """
+        self.samples_bad += len(bad)
+        self.telemetry.name_bad(bad, alike=alike)
+        if too_many(self.samples_bad, read, self.config.data.max_bad_share):
+            raise TrainingError(
+                f"{self.samples_bad} of {read} samples could not be read, more than data.max_bad_share allows; the "
+                f"last: {bad[-1][0] if bad else 'named above'}."
+            )
+
+    def _save(self) -> None:
+        random, parts = random_state(), self._state()  # both meetings of all ranks
+        if not self.ranks.first:
+            return
+        state = {
+            "config": self.config.model_dump(mode="json"),
+            "step": self.step,
+            "best": self.best,
+            "items": self.sampler.lengths,
+            "samples": [self.samples_read, self.samples_bad],
+            "random": random,
+            **parts,
+        }
+        save_checkpoint(self.directory, state, self.step, self.config.training.keep_checkpoints)
+
+    def _restore(self, path: Path) -> None:
+        state = read_checkpoint(path)
+        before, now = self._as_now(state["config"]), self.config.model_dump(mode="json")
+        refuse_other_training(path, before, now, FREE_ON_RESUMING)
+        refuse_other_items(path, state.get("items"), self.sampler.lengths)
+        self._restore_state(state)
+        self.step = state["step"]
+        if before["data"]["validation"] == now["data"]["validation"]:  # figures of other samples do not compare
+            self.best = state["best"]
+        if self.config.data.cache_side is None:  # else all are read anew, and counted
+            self.samples_read, self.samples_bad = state["samples"]
+        restore_random_state(state["random"], self.ranks.rank, self.ranks.count)
+
+    def _as_now(self, before: dict[str, Any]) -> dict[str, Any]:
+        """The settings of a checkpoint; those that are newer than it have their default."""
+        try:
+            return type(self.config).model_validate(before).model_dump(mode="json")
+        except ValueError:  # of another kind of training, which is refused
+            return before
+
+
+def run_training(kind: type[TrainingRun[Config, Any]], config: Config) -> Path:
+    """Train as configured; returns the run directory.
+
+    Raises:
+        ConfigError: settings that contradict each other or a run that is already there.
+        SourceError: a source without samples.
+        TrainingError: the loss is no number, too many samples cannot be read, or the run cannot be written.
+    """
+    with writing_to(Path(config.training.output)), process_group(config.training.device) as ranks:
+        run = kind(config, ranks)
+        try:
+            run.train()
+        finally:
+            run.telemetry.close()
+        if ranks.first:
+            write_report([run.directory])
+        return run.directory
