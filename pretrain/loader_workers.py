@@ -24,6 +24,7 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.process import BaseProcess
 from threading import Thread
+from types import TracebackType
 from typing import Any
 from weakref import WeakSet
 
@@ -180,7 +181,17 @@ def _begin(_: int) -> None:
     torch.set_num_threads(1)
     for number in _FOR_THE_TRAINER:
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _but_for_a_trainer_that_has_gone
     Thread(target=_end_with_trainer, daemon=True).start()
+
+
+def _but_for_a_trainer_that_has_gone(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Python's own hook, which multiprocessing calls for the thread that hands batches over: the trainer may end while
+    it takes one."""
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 @atexit.register

@@ -225,6 +225,13 @@ def test_workers_end_with_their_trainer(
         assert list(Path(config.training.output).glob("checkpoints/*.pt"))
 
 
+def test_a_worker_says_nothing_of_a_trainer_that_takes_no_more_batches(capfd: pytest.CaptureFixture) -> None:
+    hook = loader_workers._but_for_a_trainer_that_has_gone
+    for error in (ConnectionResetError(), EOFError(), ValueError("something else")):
+        hook(type(error), error, None)
+    assert capfd.readouterr().err == "ValueError: something else\n"
+
+
 @pytest.mark.parametrize("gpu", ["held", "none"])
 def test_a_trainer_that_fails_ends(make_config: Callable[..., PretrainConfig], tmp_path: Path, gpu: str) -> None:
     config = make_config(data={"workers": 2}, training={"epochs": 100_000})
