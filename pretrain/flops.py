@@ -59,7 +59,8 @@ def matrix_rate(device: torch.device) -> float | None:
     """FLOP/s of a bf16 product of two 8192 x 8192 matrices, measured in about 0.3 s; None where there is no GPU."""
     if device.type != "cuda":
         return None
-    left, right = (torch.randn(_SIDE, _SIDE, device=device, dtype=torch.bfloat16) for _ in range(2))
+    drawn = torch.Generator(device)  # a training that goes on must find the device's own where it was
+    left, right = (torch.randn(_SIDE, _SIDE, generator=drawn, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(left)
     started = time.perf_counter()
     while time.perf_counter() - started < 0.1:  # until the clocks have risen

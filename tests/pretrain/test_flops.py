@@ -95,3 +95,10 @@ def test_flops_per_pair_follow_a_batch_that_is_compared_with_itself() -> None:
 
 def test_a_cpu_has_no_matrix_rate() -> None:
     assert matrix_rate(torch.device("cpu")) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_measuring_a_gpu_leaves_its_random_state() -> None:
+    before = torch.cuda.get_rng_state()
+    assert (matrix_rate(torch.device("cuda")) or 0) > 1e12
+    assert torch.equal(torch.cuda.get_rng_state(), before)
