@@ -188,8 +188,8 @@ def _begin(_: int) -> None:
 def _but_for_a_trainer_that_has_gone(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Python's own hook, which multiprocessing calls for the thread that hands batches over: the trainer may end while
-    it takes one."""
+    """Python's own hook, which multiprocessing calls in the thread that hands over what batches lie in: the trainer may
+    end while it takes it."""
     if not isinstance(error, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)
 

@@ -129,6 +129,7 @@ def _seconds_per_step(run: TokenizerRun) -> float:
         torch.full((count, 3, run.side, run.side), 128, dtype=torch.uint8, device=run.device),
         torch.full((count, DRAWS), 0.5, device=run.device),
         [],
+        [],
     )
     started = time.perf_counter()
     run.take_step(squares)["loss"].item()  # waits for the device

@@ -124,11 +124,13 @@ class Squares:
         pixels: (B, 3, R, R) uint8 on the device, of a clip one frame.
         draws: (B, DRAWS) float32 on the device, uniform in [0, 1), for their augmentation.
         bad: what was replaced by another item.
+        numbers: of the items among all of all sources.
     """
 
     pixels: Tensor
     draws: Tensor
     bad: list[Bad]
+    numbers: list[int]
 
 
 def squares_in_memory(
@@ -143,7 +145,8 @@ def squares_in_memory(
         items = np.where(counts[items] > 0, items, good[items % len(good)])
         draws = uniform_draws(seed, int(places[0]), len(places))
         rows = torch.from_numpy(pictures.first[items] + _frame(draws, counts[items]))
-        yield Squares(frames[rows.to(device, non_blocking=True)], _on_device(draws, device), [])
+        pixels = frames[rows.to(device, non_blocking=True)]
+        yield Squares(pixels, _on_device(draws, device), [], items.tolist())
 
 
 def squares_from_loader(
@@ -158,18 +161,18 @@ def squares_from_loader(
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
     )
-    for pixels, place, bad in loader:
+    for pixels, place, numbers, bad in loader:
         draws = uniform_draws(seed, place, len(pixels))
-        yield Squares(pixels.to(device, non_blocking=True), _on_device(draws, device), bad)
+        yield Squares(pixels.to(device, non_blocking=True), _on_device(draws, device), bad, numbers)
 
 
-class _OneFrame(Dataset[tuple[Tensor, int, list[Bad]]]):
-    """(place, index) -> a square of the item, or of another one if it is bad; the place; the bad ones."""
+class _OneFrame(Dataset[tuple[Tensor, int, int, list[Bad]]]):
+    """(place, index) -> a square of the item, or of another one if it is bad; the place; whose it is; the bad ones."""
 
     def __init__(self, frames: SquareFrames, seed: int) -> None:
         self.frames, self.seed = frames, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, list[Bad]]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, list[Bad]]:
         place, index = key
         bad: list[Bad] = []
         for attempt in range(_SUBSTITUTES):
@@ -180,13 +183,14 @@ class _OneFrame(Dataset[tuple[Tensor, int, list[Bad]]]):
                 reason = error.reason if isinstance(error, MediaError) else str(error)
                 bad.append((name_of(self.frames.sources, actual), reason))
                 continue
-            return squares[_frame(uniform_draws(self.seed, place, 1), np.array([len(squares)]))[0]], place, bad
+            chosen = _frame(uniform_draws(self.seed, place, 1), np.array([len(squares)]))[0]
+            return squares[chosen], place, actual, bad
         raise TrainingError(f"{_SUBSTITUTES} samples in a row could not be read, the last {bad[-1][0]}: {bad[-1][1]}.")
 
 
-def _stack(items: list[tuple[Tensor, int, list[Bad]]]) -> tuple[Tensor, int, list[Bad]]:
-    pixels, places, bad = zip(*items)
-    return torch.stack(pixels), places[0], [one for own in bad for one in own]
+def _stack(items: list[tuple[Tensor, int, int, list[Bad]]]) -> tuple[Tensor, int, list[int], list[Bad]]:
+    pixels, places, numbers, bad = zip(*items)
+    return torch.stack(pixels), places[0], list(numbers), [one for own in bad for one in own]
 
 
 def _frame(draws: np.ndarray, counts: np.ndarray) -> np.ndarray:

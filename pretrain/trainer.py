@@ -1,4 +1,4 @@
-"""The training loop.
+"""The training of a model.
 
     cots pretrain configs/cots_mini.yaml training.epochs=5                       # one process
     torchrun --nproc-per-node 2 -m pretrain configs/cots_mini.yaml               # one process a GPU
@@ -105,8 +105,6 @@ class Run(TrainingRun[PretrainConfig, Batch]):
         return cached_batches(cache, data, sampler, size, self.config.training.seed)
 
     def _take(self, samples: Batch) -> tuple[dict[str, Tensor], float]:
-        self.samples_read += len(samples.item_ids)
-        self._refuse_too_many_bad(samples.bad, self.samples_read, alike=False)
         scalars = self.stepper.take(samples, self.step, self.steps)
         return scalars, self.cost.flops(samples) if self.cost else 0.0
 

@@ -5,10 +5,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import yaml
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from cots.config import PretrainConfig
@@ -33,7 +34,7 @@ from pretrain.telemetry import Telemetry, no_number
 from pretrain.unusable import name_left_out, too_many
 
 # what neither the weights nor the order of the samples hang on
-FREE_ON_RESUMING: dict[str, set[str]] = {
+_FREE_ON_RESUMING: dict[str, set[str]] = {
     "start": {"image_tower", "text_tower", "model"},
     "data": {"workers", "validation", "max_bad_share"},
     "training": {
@@ -42,9 +43,21 @@ FREE_ON_RESUMING: dict[str, set[str]] = {
     },
 }  # fmt: skip
 
+
+class Samples(Protocol):
+    """A rank's part of a step.
+
+    Attributes:
+        numbers: of the items among all of all sources.
+        bad: names and reasons of those that could not be read, and were replaced by others.
+    """
+
+    numbers: list[int]
+    bad: list[tuple[str, str]]
+
+
 Config = TypeVar("Config", PretrainConfig, VisualTokenizerTrainingConfig)
-Step = TypeVar("Step")
-"""A rank's part of a step's samples."""
+Step = TypeVar("Step", bound=Samples)
 
 
 class TrainingRun(ABC, Generic[Config, Step]):
@@ -60,6 +73,7 @@ class TrainingRun(ABC, Generic[Config, Step]):
         epoch_steps, steps: of an epoch and of the training.
         step: how many have been taken.
         samples_read, samples_bad: of this rank.
+        items_since_log: what it took in each step since the last row of the log.
         best: `criterion`, `step` and `results` of the validation that was best.
     """
 
@@ -84,11 +98,14 @@ class TrainingRun(ABC, Generic[Config, Step]):
             )
         self.step = self.samples_read = self.samples_bad = 0
         self.best: dict[str, Any] = {"criterion": self.worst, "step": -1}
+        self.items_since_log: list[list[int]] = []
+        self._before: dict[str, Any] | None = None
 
     def _open_sources(self) -> None:
+        """Open the training sources, and the checkpoint, which is refused if it is of another training."""
         data, training = self.config.data, self.config.training
         if not data.train:
-            raise ConfigError("data.train names no source; give one, such as data.train='[{path: pairs.tar}]'.")
+            raise ConfigError("data.train names no source; give one, such as data.train='[{path: train.tar}]'.")
         self.sources = [open_source(source) for source in data.train]
         self.sampler = StepSampler(
             [len(source) for source in self.sources],
@@ -100,14 +117,19 @@ class TrainingRun(ABC, Generic[Config, Step]):
         )
         self.epoch_steps = self.sampler.steps_per_epoch
         self.steps = max(1, round(training.epochs * self.epoch_steps))
+        if self.checkpoint is not None:
+            self._before = read_checkpoint(self.checkpoint)
+            before, now = self._as_now(self._before["config"]), self.config.model_dump(mode="json")
+            refuse_other_training(self.checkpoint, before, now, _FREE_ON_RESUMING)
+            refuse_other_items(self.checkpoint, self._before.get("items"), self.sampler.lengths)
 
     def _begin(self) -> None:
         """Stand where the first step begins, or the checkpoint ended; from here on ranks draw different numbers."""
         training = self.config.training
         torch.manual_seed(training.seed + 1 + self.ranks.rank)
-        if self.checkpoint is not None:
-            self._restore(self.checkpoint)
-        self.logged = self.step
+        if self._before is not None:
+            self._restore(self._before)
+            self._before = None
         if self.ranks.first:
             self.directory.mkdir(parents=True, exist_ok=True)
             written = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
@@ -138,8 +160,7 @@ class TrainingRun(ABC, Generic[Config, Step]):
 
     @abstractmethod
     def _take(self, samples: Step) -> tuple[dict[str, Tensor], float]:
-        """Train on a step's samples, having counted them; what the log has of it, and its floating-point operations (0:
-        not counted)."""
+        """Train on a step's samples; what the log has of it, and its floating-point operations (0: not counted)."""
 
     @abstractmethod
     def _validate(self) -> None:
@@ -171,6 +192,9 @@ class TrainingRun(ABC, Generic[Config, Step]):
                 asked = time.perf_counter()
                 samples = next(steps)
                 waited = time.perf_counter() - asked
+                self.items_since_log.append(samples.numbers)
+                self.samples_read += len(samples.numbers)
+                self._refuse_too_many_bad(samples.bad, self.samples_read, alike=False)
                 scalars, flops = self._take(samples)
                 self.telemetry.step(scalars, waited, flops)
                 self.step += 1
@@ -202,14 +226,15 @@ class TrainingRun(ABC, Generic[Config, Step]):
                 f"The {broken} is no longer a number at step {self.step}; the items of the last steps are named in "
                 f"{self._name_items()}. Lower the learning rate or set optimizer.clip_norm."
             )
-        self.logged = self.step
+        self.items_since_log.clear()
 
     def _name_items(self) -> Path:
         """Write the names of this rank's items since the last row of the log; returns the file."""
         path = self.directory / f"last-items-rank{self.ranks.rank}.jsonl"
         with path.open("w", encoding="utf-8") as file:
-            for step, items in enumerate(self.sampler.between(self.logged, self.step), self.logged + 1):
-                names = [name_of(self.sources, item) for _, item in items]
+            first = self.step - len(self.items_since_log) + 1
+            for step, numbers in enumerate(self.items_since_log, first):
+                names = [name_of(self.sources, number) for number in numbers]
                 file.write(json.dumps({"step": step, "items": names}) + "\n")
         return path
 
@@ -242,14 +267,11 @@ class TrainingRun(ABC, Generic[Config, Step]):
         }
         save_checkpoint(self.directory, state, self.step, self.config.training.keep_checkpoints)
 
-    def _restore(self, path: Path) -> None:
-        state = read_checkpoint(path)
-        before, now = self._as_now(state["config"]), self.config.model_dump(mode="json")
-        refuse_other_training(path, before, now, FREE_ON_RESUMING)
-        refuse_other_items(path, state.get("items"), self.sampler.lengths)
+    def _restore(self, state: dict[str, Any]) -> None:
         self._restore_state(state)
         self.step = state["step"]
-        if before["data"]["validation"] == now["data"]["validation"]:  # figures of other samples do not compare
+        validation = self.config.model_dump(mode="json")["data"]["validation"]
+        if self._as_now(state["config"])["data"]["validation"] == validation:  # else figures do not compare
             self.best = state["best"]
         if self.config.data.cache_side is None:  # else all are read anew, and counted
             self.samples_read, self.samples_bad = state["samples"]
@@ -259,7 +281,7 @@ class TrainingRun(ABC, Generic[Config, Step]):
         """The settings of a checkpoint; those that are newer than it have their default."""
         try:
             return type(self.config).model_validate(before).model_dump(mode="json")
-        except ValueError:  # of another kind of training, which is refused
+        except ValidationError:  # of another kind of training, or with a setting that is no more: refused as it stands
             return before
 
 

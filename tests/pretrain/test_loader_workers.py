@@ -217,7 +217,7 @@ def test_workers_end_with_their_trainer(
     text = (tmp_path / "output.txt").read_text()
     assert code == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 0}[number], text
     assert _until(lambda: not family & _parents().keys())
-    if number != signal.SIGKILL:  # a worker that was handing a batch over may complain
+    if number != signal.SIGKILL:  # a worker's thread that was writing a batch may complain
         assert "Traceback" not in text
     assert text.count("training\n") == 1
     if number == signal.SIGTERM:

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,15 +15,18 @@ import torch
 import yaml
 from PIL import Image
 
+from cots.config import PretrainConfig
 from cots.errors import ConfigError, SourceError, TrainingError
 from cots.model.visual_tokenizer import load_visual_tokenizer
 from cots.tokenizer_config import VisualTokenizerTrainingConfig
+from pretrain.checkpoint import latest_checkpoint
 from pretrain.launch import launch
 from pretrain.loader import StepSampler
 from pretrain.pair_sources import open_source
 from pretrain.tokenizer_pictures import SquareFrames, decode_all, squares_from_loader, squares_in_memory
 from pretrain.tokenizer_training import train_visual_tokenizer
 from pretrain.tokenizer_validation import figures, reconstruction_sheet
+from pretrain.trainer import pretrain
 
 ROOT = Path(__file__).parents[2]
 MakeConfig = Callable[..., VisualTokenizerTrainingConfig]
@@ -235,6 +239,31 @@ def test_runs_that_cannot_be(make_tokenizer_config: MakeConfig, shape_shard: Wri
     other = make_tokenizer_config(training={"epochs": 1, "resume": True}, objective={"kl_weight": 0.5})
     with pytest.raises(ConfigError, match=r"trained with objective\.kl_weight=0\.002, not 0\.5"):
         train_visual_tokenizer(other)
+
+
+def test_another_kind_of_training_is_not_gone_on_with(
+    make_tokenizer_config: MakeConfig, make_config: Callable[..., PretrainConfig]
+) -> None:
+    config = make_tokenizer_config(training={"epochs": 1})
+    train_visual_tokenizer(config)
+    same = {"output": config.training.output, "resume": True}
+    with pytest.raises(ConfigError, match="is of another kind of training"):
+        pretrain(make_config(training=same))
+    shutil.rmtree(config.training.output)
+    pretrain(make_config(training={"output": config.training.output, "epochs": 1}))
+    with pytest.raises(ConfigError, match="is of another kind of training"):
+        train_visual_tokenizer(make_tokenizer_config(training={"epochs": 1, "resume": True}))
+
+
+def test_a_setting_that_is_newer_than_the_checkpoint_has_its_default(make_tokenizer_config: MakeConfig) -> None:
+    config = make_tokenizer_config(training={"epochs": 1})
+    train_visual_tokenizer(config)
+    checkpoint = latest_checkpoint(Path(config.training.output))
+    assert checkpoint is not None
+    state = torch.load(checkpoint)
+    del state["config"]["objective"]["revival_end"]
+    torch.save(state, checkpoint)
+    train_visual_tokenizer(make_tokenizer_config(training={"epochs": 1, "resume": True}))
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_its_items_are_named(make_tokenizer_config: MakeConfig) -> None:
