@@ -168,7 +168,7 @@ def main() -> None:
                 jobs.put((name, overrides, seed))
                 count += 1
     # else each run starts a thread for every core, and all of them wait for each other
-    threads = max((os.cpu_count() or 1) // (len(arguments.gpus) * arguments.per_gpu), 1)
+    threads = max(len(os.sched_getaffinity(0)) // (len(arguments.gpus) * arguments.per_gpu), 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     workers = [
         context.Process(target=serve, args=(gpu, jobs, results, arguments.runs, arguments.config))

@@ -2,7 +2,7 @@
 
     python -m pretrain.frame_cache "data/clips/train-*.tar" --out data/frames/clips-train
     python -m pretrain.frame_cache "data/clips/val-*.tar" --out data/frames/clips-val
-    python benchmarks/video_ablation.py --gpus 0 --per-gpu 6 --frames data/frames --out video_ablation.jsonl
+    python benchmarks/video_ablation.py --gpus 0 --per-gpu 5 --frames data/frames --out video_ablation.jsonl
     python benchmarks/video_ablation.py --table video_ablation.jsonl
 
 An arm is configs/finetune_video_text.yaml with some settings changed. Trained arms are measured after the last step,
@@ -219,7 +219,7 @@ def main() -> None:
     for job in missing:
         jobs.put(job)
     # else each run starts a thread for every core, and all of them wait for each other
-    threads = max((os.cpu_count() or 1) // (len(given.gpus) * given.per_gpu), 1)
+    threads = max(len(os.sched_getaffinity(0)) // (len(given.gpus) * given.per_gpu), 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     for gpu in given.gpus:
         for _ in range(given.per_gpu):

@@ -16,7 +16,8 @@ def upload(usable: np.ndarray, device: torch.device) -> tuple[torch.Tensor, int]
     """Flags (N,) on the device, and how many are set, counted here while they are on their way.
 
     Out of pageable memory the driver would copy them piece by piece, and wait: 0.7 ms for ten million, where several
-    threads move them to pinned memory in 0.1, from which the device fetches them in 0.2 (benchmarks/exact_search.py).
+    threads move them to pinned memory in 0.1, from which the device fetches them in 0.2 (a table in
+    benchmarks/results/README.md). Both stay for a moment: a byte a row in pinned memory, and on the device.
     """
     flags = torch.from_numpy(usable)
     if device.type != "cuda":
@@ -30,4 +31,5 @@ def as_bits(flags: torch.Tensor, capacity: int) -> torch.Tensor:
     i, and 0 behind the last."""
     bytes_of_flags = flags.new_zeros(capacity)
     bytes_of_flags[: len(flags)] = flags
-    return ((bytes_of_flags.view(torch.int64) * EIGHT_TO_BITS) >> 56).to(torch.uint8).view(torch.int32)
+    gathered = bytes_of_flags.view(torch.int64) * EIGHT_TO_BITS
+    return gathered.bitwise_right_shift_(56).to(torch.uint8).view(torch.int32)
