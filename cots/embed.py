@@ -156,11 +156,13 @@ def embed(
         if np.isfinite(embedded.vectors).all():
             done += 1
             yield embedded
+            tell()
         else:
             last = MediaError(decoded.sample.path, f"the model {model.name} gives it no finite vector")
             read, failed = read - 1, failed + 1
             on_error(last)
-        tell()
+            tell()
+            require_readable(failed, read + failed, max_bad_share, last, enough=ENOUGH_TO_JUDGE)
     if last is not None:
         require_readable(failed, read + failed, max_bad_share, last, enough=1)
 

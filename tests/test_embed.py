@@ -145,6 +145,18 @@ def test_too_many_bad_items_stop_the_run(tmp_path: Path, tiny_model: RetrievalMo
         list(embed(samples[1:4], tiny_model, on_error=errors.append, max_bad_share=0.1))
 
 
+def test_a_model_that_gives_no_finite_vector_is_stopped_early(
+    tmp_path: Path, tiny_model: RetrievalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pictures(tmp_path / "some", 100)
+    encode = tiny_model.encode_images
+    monkeypatch.setattr(tiny_model, "encode_images", lambda pixels: encode(pixels) * torch.nan)
+    errors: list[MediaError] = []
+    with pytest.raises(SourceError, match=r"more than the allowed share of 0\.1 .*no finite vector"):
+        list(embed(iter_samples([tmp_path / "some"], no_error), tiny_model, on_error=errors.append, max_bad_share=0.1))
+    assert len(errors) <= 40
+
+
 def test_samples_are_read_only_a_little_ahead(tmp_path: Path, tiny_model: RetrievalModel) -> None:
     write_pictures(tmp_path / "one", 1)
     sample = next(iter_samples([tmp_path / "one"], on_error=no_error))
