@@ -66,6 +66,21 @@ def test_a_build_in_which_nothing_can_be_read_fails(cots: Cots, tiny_model_dir: 
     assert "No file could be read (1 tried)" in outcome.err
 
 
+def test_an_embedding_in_which_nothing_can_be_read_fails_and_leaves_what_was_there(
+    cots: Cots, media: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.jpg").write_text("dear diary")
+    content = (media / "red.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(content[: len(content) // 2])
+    out = tmp_path / "v.parquet"
+    out.write_text("vectors of yesterday")
+    outcome = cots("embed", tmp_path / "text.jpg", tmp_path / "half.png", "--out", out, "--model", tiny_model_dir)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert f"No file could be read (2 tried), so {out} is not written" in outcome.err
+    assert out.read_text() == "vectors of yesterday"
+    assert not list(tmp_path.glob(".v.parquet*"))
+
+
 def test_unreadable_files_are_each_named_and_the_good_ones_indexed(
     cots: Cots, media: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
@@ -203,6 +218,11 @@ def test_results_that_cannot_be_written(cots: Cots, media: Path, tiny_model_dir:
     place, model = tmp_path / "nowhere" / "result", ("--model", tiny_model_dir)
     assert_one_sentence(cots("evaluate", media / "pictures.jsonl", "--json", place, *model), "cannot be written to")
     assert_one_sentence(cots("embed", media / "red.png", "--out", place, *model), "cannot be written to")
+
+
+def test_a_folder_is_refused_as_a_file_of_vectors_before_anything_is_read(cots: Cots, tmp_path: Path) -> None:
+    outcome = cots("embed", tmp_path / "nonesuch", "--out", tmp_path, "--model", "nonesuch")
+    assert_one_sentence(outcome, f"The vectors cannot be written to {tmp_path}: it is a folder")
 
 
 def test_a_port_in_use_is_one_sentence(cots: Cots, gallery: Path, tiny_model_dir: Path) -> None:
