@@ -120,7 +120,7 @@ class PyAVVideo:
                 packets.append((packet.pts, packet.dts, packet.is_keyframe))
                 last_duration = packet.duration or last_duration
             if first is None:
-                first = next(self._decoded(packet), None)
+                first = next((frame for frame in self._decoded(packet) or () if not frame.is_corrupt), None)
         if first is None or not packets:
             raise MediaError(self._name, "none of its frames can be decoded")
         base = self._stream.time_base
@@ -131,6 +131,7 @@ class PyAVVideo:
         # all. Their frames come out in the right order and are counted.
         self._counted = None in times or (self.container == "avi" and self._stream.codec_context.has_b_frames)
         if self._counted:
+            self._threads = 1  # of several, a packet's failure is told with a later one
             times, keys = [dts for _, dts, _ in packets], []
         if None in times:
             base, times, last_duration = 1 / Fraction(frame_rate), list(range(len(packets))), 1
@@ -183,13 +184,44 @@ class PyAVVideo:
     def _read_from(self, key: int) -> Iterator[tuple[int, Any]]:
         """(index, frame) in order of time, from the keyframe with index `key` or a little before."""
         self._rewind(key)
-        count = 0
+        if self._counted:
+            yield from self._counting()
+            return
         for packet in self._packets():
-            for frame in self._decoded(packet):
-                index = count if self._counted else self._index_of(frame.pts)
-                count += 1
-                if index is not None:
+            for frame in self._decoded(packet) or ():
+                index = self._index_of(frame.pts)
+                if index is not None and not frame.is_corrupt:
                     yield index, frame
+
+    def _counting(self) -> Iterator[tuple[int, Any]]:
+        """(index, frame) from the beginning, by counting, where what does not decode counts too.
+
+        A frame's index is the number of its packet, but where B-frames change the order. Then too, what comes before a
+        keyframe is shown before it, so that a count which damage led astray is right again at the next one.
+        """
+        index = 0
+        failed: deque[int] = deque()  # numbers of packets
+        shown: list[int] = []  # those of frames, since the last keyframe
+        for number, packet in enumerate(self._packets()):
+            if packet is not None:
+                packet.pts = number  # its frame brings it along
+            frames = self._decoded(packet)
+            if frames is None:
+                failed.append(number)
+            for frame in frames or ():
+                own = index if frame.pts is None else frame.pts
+                while failed and failed[0] < own:
+                    failed.popleft()
+                    index += 1
+                if not self._stream.codec_context.has_b_frames:
+                    index = own
+                elif frame.key_frame:
+                    index = own + sum(other > own for other in shown)
+                    shown = []
+                shown.append(own)
+                if not frame.is_corrupt:
+                    yield index, frame
+                index += 1
 
     def _rewind(self, key: int) -> None:
         """Seek to a keyframe; open the file anew for the first one, which a seek does not find in MPEG-TS."""
@@ -222,18 +254,16 @@ class PyAVVideo:
             self.intact = False
         yield None
 
-    def _decoded(self, packet: Any) -> Iterator[Any]:
-        """The frames that a packet completes; one that the decoder had to patch up is no frame."""
+    def _decoded(self, packet: Any) -> list[Any] | None:
+        """The frames that a packet completes, with those that the decoder had to patch up; None if it does not decode."""
         try:
-            frames = self._stream.decode(packet)
+            frames: list[Any] = self._stream.decode(packet)
         except self._errors:
-            frames = []
             self.intact = False
-        for frame in frames:
-            if frame.is_corrupt:
-                self.intact = False
-            else:
-                yield frame
+            return None
+        if any(frame.is_corrupt for frame in frames):
+            self.intact = False
+        return frames
 
     def _picture(self, frame: Any, size: tuple[int, int]) -> Image.Image:
         width, height = size[::-1] if self._transpose in _SIDEWAYS else size

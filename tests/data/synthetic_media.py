@@ -38,6 +38,7 @@ def write_video(
     times: Sequence[float] | None = None,
     aspect: Fraction | None = None,
     faststart: bool = False,
+    b_frames: bool = True,
 ) -> Path:
     """A video of `numbered_frame`s with a keyframe every 12; `times` in seconds make its frame rate variable."""
     import av
@@ -47,6 +48,8 @@ def write_video(
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
         stream.codec_context.gop_size = 12
+        if not b_frames:
+            stream.codec_context.max_b_frames = 0
         stream.codec_context.time_base = Fraction(1, 1000)
         if aspect:
             stream.sample_aspect_ratio = stream.codec_context.sample_aspect_ratio = aspect
