@@ -5,7 +5,7 @@ A configuration is a YAML file read by `read_config`, with dotted overrides from
     cots pretrain configs/cots_mini.yaml optimizer.learning_rate=1e-4 training.epochs=5
 
 An unknown key is an error that names the nearest known one. Paths in a YAML file are relative to the working
-directory; `~` and environment variables are expanded.
+directory; environment variables are expanded, and `~` at the beginning of a value (see settings.py).
 """
 
 from collections.abc import Sequence

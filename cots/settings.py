@@ -1,6 +1,7 @@
 """What all configurations have in common: a pydantic model read from YAML, dotted overrides on top, checked once.
 
-An unknown key is an error that names the nearest known one. `~` and environment variables are expanded.
+An unknown key is an error that names the nearest known one. Environment variables are expanded, in overrides too, and
+so is `~` at the beginning of a value; a variable that is not set is left as it is written.
 """
 
 import difflib
@@ -39,7 +40,7 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     except UnicodeDecodeError as error:
         raise ConfigError(f"The configuration {path} is not a UTF-8 text file; give a YAML file.") from error
     try:
-        values = yaml.safe_load(os.path.expandvars(text)) or {}
+        values = _parse(text) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"The configuration {path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
@@ -57,6 +58,19 @@ def validate_config(kind: type[AnySettings], values: dict[str, Any], origin: str
         raise ConfigError(" ".join(_explain(kind, origin, problem) for problem in error.errors())) from error
 
 
+def _parse(text: str) -> Any:
+    """Variables stand for YAML (a number, a list, part of a path); `~` for the home directory in strings only."""
+    return _expand_home(yaml.safe_load(os.path.expandvars(text)))
+
+
+def _expand_home(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand_home(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_expand_home(inner) for inner in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
@@ -68,7 +82,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(place, dict):
             raise ConfigError(f"The override {override!r} goes through {name!r}, which is not a section.")
     try:
-        place[leaf] = yaml.safe_load(text)
+        place[leaf] = _parse(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"The value in the override {override!r} is not valid YAML.") from error
 

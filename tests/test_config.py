@@ -133,4 +133,28 @@ def test_files_that_hold_no_configuration(file: Path, tmp_path: Path) -> None:
 
 def test_environment_variables_are_expanded(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COTS_TEST_DATA", "/data")
-    assert _config(file, "data: {train: [{path: $COTS_TEST_DATA/a.tar}]}").data.train[0].path == "/data/a.tar"
+    monkeypatch.setenv("COTS_TEST_RATES", "[0.9, 0.95]")
+    monkeypatch.delenv("COTS_TEST_NONE", raising=False)
+    text = "data: {train: [{path: $COTS_TEST_DATA/a.tar}]}"
+    assert _config(file, text).data.train[0].path == "/data/a.tar"
+    config = _config(
+        file,
+        text,
+        "data.validation=[{path: '${COTS_TEST_DATA}/b.tar'}]",
+        "training.output=$COTS_TEST_NONE/x",
+        "optimizer.betas=$COTS_TEST_RATES",
+    )
+    assert config.data.validation[0].path == "/data/b.tar"
+    assert config.training.output == "$COTS_TEST_NONE/x"
+    assert config.optimizer.betas == (0.9, 0.95)
+
+
+def test_a_tilde_at_the_beginning_is_the_home_directory(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    text = "data: {train: [{path: ~/a.tar}, {path: b~/c.tar}]}\nstart: {model: ~}\ntraining: {output: '~'}"
+    config = _config(file, text, "data.validation=[{path: ~/d.tar}]", "model.text_tower.tokenizer=~/vocab.txt")
+    assert [source.path for source in config.data.train] == ["/home/someone/a.tar", "b~/c.tar"]
+    assert config.data.validation[0].path == "/home/someone/d.tar"
+    assert config.model.text_tower.tokenizer == "/home/someone/vocab.txt"
+    assert config.training.output == "/home/someone"
+    assert config.start.model is None  # YAML's null
