@@ -20,13 +20,14 @@ Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 TEMPERATURES = (0.01, 0.5)
+_CLIP_VOCABULARY = 49408
 _UNEVEN = "{} {} is no multiple of its {} attention heads"
 
 
 class ImageTowerConfig(Settings):
     name: str = "vit_base_patch16_224"
     """A timm architecture, or `open_clip:ARCH`. A convolutional network's final map is flattened into tokens; a tower
-    of open_clip pools and drops as its own architecture says."""
+    of open_clip pools as its own architecture says, and knows no drop_path."""
     image_size: int = Field(224, ge=16)
     """Side in pixels of the square that the tower sees."""
     resize: Literal["squash", "crop"] = "squash"
@@ -51,7 +52,8 @@ class ImageTowerConfig(Settings):
     """Batch norms keep the statistics they start with, in training too: a batch then no longer couples its pictures,
     and a network trained on few keeps what it learnt from many."""
     architecture: dict[str, Any] = {}
-    """Further arguments of `timm.create_model`, such as `embed_dim` and `depth` of a small ViT."""
+    """Further arguments of `timm.create_model`, such as `embed_dim` and `depth` of a small ViT, or of open_clip's
+    `vision_cfg`."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "ImageTowerConfig":
@@ -63,7 +65,7 @@ class ImageTowerConfig(Settings):
 class TextTowerConfig(Settings):
     name: str = "bert"
     """`bert`, shaped by the settings below; or `open_clip:ARCH`, which has a shape and a tokenizer of its own and takes
-    only max_length from here."""
+    only max_length from here; a vocabulary that is given must be its own."""
     tokenizer: str = ""
     """A WordPiece `tokenizer.json` or `vocab.txt`; needed to start a training, afterwards kept in the model
     directory."""
@@ -81,14 +83,16 @@ class TextTowerConfig(Settings):
     """The token that the global embedding is projected from: [CLS], or the mean over the word pieces."""
     dropout: float = Field(0.1, ge=0, lt=1)
 
-    @model_validator(mode="after")
-    def _length_fits(self) -> "TextTowerConfig":
-        if self.max_length > self.positions:
-            raise ValueError(f"max_length {self.max_length} exceeds the {self.positions} positions of the text tower")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _clip_brings_its_vocabulary(cls, values: Any) -> Any:
+        clip = isinstance(values, dict) and str(values.get("name")).startswith("open_clip:")
+        return {"vocabulary": _CLIP_VOCABULARY, **values} if clip else values
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> "TextTowerConfig":
+    def _shape_fits(self) -> "TextTowerConfig":
+        if self.max_length > self.positions:
+            raise ValueError(f"max_length {self.max_length} exceeds the {self.positions} positions of the text tower")
         if self.width % self.heads:
             raise ValueError(_UNEVEN.format("width", self.width, self.heads))
         return self
@@ -153,8 +157,8 @@ class AugmentationConfig(Settings):
     """Strength of the jitter of brightness, contrast and saturation (hue: a quarter of it)."""
     grayscale: float = Field(0.0, ge=0, le=1)
     """Probability of a grey picture."""
-    rand_augment: int = Field(0, ge=0)
-    """Operations of RandAugment (0: none)."""
+    rand_augment: int = Field(0, ge=0, le=4)
+    """Operations of RandAugment (0: none); the random numbers of a picture suffice for four (`cache_side`)."""
     rand_augment_magnitude: int = Field(7, ge=0, le=30)
     erase: float = Field(0.0, ge=0, le=1)
     """Probability that one random rectangle is erased."""

@@ -96,6 +96,7 @@ def test_an_override_that_cannot_be_used(file: Path, override: str, sentence: st
         ),
         ("model: {image_tower: {std: [0.5, 0, 0.5]}}", r"std\.1: .*greater than 0 \(got 0\)"),
         ("data: {augmentation: {crop_scale: [0, 1]}}", r"crop_scale\.0: .*greater than 0 \(got 0\)"),
+        ("data: {augmentation: {rand_augment: 5}}", r"rand_augment: .*less than or equal to 4 \(got 5\)"),
         (
             "data: {augmentation: {crop_scale: [1, 0.5]}}",
             r"crop_scale \[1, 0\.5\] is a range; give the smaller",
