@@ -3,7 +3,7 @@
     model:
       embedding_dim: 512
       image_tower: {name: open_clip:ViT-B-16, mean: ..., std: ...}
-      text_tower: {name: open_clip:ViT-B-16, vocabulary: 49408, max_length: 77}
+      text_tower: {name: open_clip:ViT-B-16, max_length: 77}
     start: {model: open_clip:ViT-B-16/laion2b_s34b_b88k}
 
 CLIP's own maps into the shared space become the dual encoder's projections.

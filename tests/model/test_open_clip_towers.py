@@ -100,7 +100,7 @@ def test_a_saved_model_embeds_as_before(encoder: DualEncoder, tmp_path: Path) ->
 
 
 def test_the_text_tower_is_one_graph() -> None:
-    tower = OpenClipTextTower(TextTowerConfig(name="open_clip:cots-test-tiny", vocabulary=49408))
+    tower = OpenClipTextTower(TextTowerConfig(name="open_clip:cots-test-tiny"))
     explanation = torch._dynamo.explain(tower.train())(torch.randint(1, 100, (2, 8)))
     assert explanation.graph_break_count == 0, explanation.break_reasons
 
@@ -116,6 +116,12 @@ def test_depths_count_blocks_from_the_input(encoder: DualEncoder) -> None:
     assert depths["trunk.ln_final.weight"] == 2
 
 
+def test_a_text_tower_of_open_clip_needs_no_vocabulary(open_clip_checkpoint: Path) -> None:
+    config = TextTowerConfig(name="open_clip:cots-test-tiny")
+    assert config.vocabulary == ClipTokenizer.create(77).vocabulary == len(OpenClipTextTower(config).word_embeddings)
+    assert TextTowerConfig().vocabulary == 30522
+
+
 @pytest.mark.parametrize(
     ("tower", "settings", "message"),
     [
@@ -124,7 +130,11 @@ def test_depths_count_blocks_from_the_input(encoder: DualEncoder) -> None:
         (OpenClipImageTower, {"name": "open_clip:cots-test-tiny", "image_size": 36}, "32 would be"),
         (OpenClipTextTower, {"name": "open_clip:ViT-B-16-SigLIP"}, "not CLIP's own"),
         (OpenClipTextTower, {"name": "open_clip:cots-test-tiny", "max_length": 80}, "80 exceeds the 77 positions"),
-        (OpenClipTextTower, {"name": "open_clip:cots-test-tiny"}, "49408 word pieces; set model.text_tower.vocabulary"),
+        (
+            OpenClipTextTower,
+            {"name": "open_clip:cots-test-tiny", "vocabulary": 30522},
+            "49408 word pieces; set model.text_tower.vocabulary",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_with_a_sentence(
