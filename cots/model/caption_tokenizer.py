@@ -13,6 +13,11 @@ from cots.errors import ConfigError
 from cots.model.bert import PAD
 
 
+def without_surrogates(text: str) -> str:
+    """`?` for what is no character and no tokenizer takes: a byte of a command line that is not UTF-8, half a pair."""
+    return text.encode("utf-8", "replace").decode()
+
+
 class CaptionTokenizer(ABC):
     """Texts -> (B, L) int64, zero-padded to the longest of the batch or to `max_length`, truncated there."""
 
@@ -23,7 +28,8 @@ class CaptionTokenizer(ABC):
         self._tokenizer.no_padding()
 
     def __call__(self, texts: Sequence[str], *, pad_to_max: bool = False) -> Tensor:
-        encoded = [encoding.ids for encoding in self._tokenizer.encode_batch([self._clean(text) for text in texts])]
+        cleaned = [self._clean(without_surrogates(text)) for text in texts]
+        encoded = [encoding.ids for encoding in self._tokenizer.encode_batch(cleaned)]
         length = self.max_length if pad_to_max else max((len(ids) for ids in encoded), default=1)
         token_ids = torch.full((len(encoded), length), PAD, dtype=torch.int64)
         for row, ids in enumerate(encoded):

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from cots.data.square_transform import SquareTransform
 from cots.errors import ModelError
+from cots.model.caption_tokenizer import without_surrogates
 from cots.model.model_directory import fingerprint_of
 from cots.model.open_clip_architecture import OPEN_CLIP, create_open_clip, import_open_clip
 from cots.model.retrieval_model import RetrievalModel, half_precision
@@ -64,7 +65,7 @@ class OpenClipModel(RetrievalModel):
             return self._model.encode_image(normalised)
 
     def _token_ids(self, texts: list[str]) -> Tensor:
-        return self._tokenizer(texts)
+        return self._tokenizer([without_surrogates(text) for text in texts])
 
     def _encode_tokens(self, token_ids: Tensor) -> Tensor:
         with half_precision(self.device), quick_linears(self.device):

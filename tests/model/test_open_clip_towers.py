@@ -47,6 +47,7 @@ def test_the_tokenizer_gives_open_clips_ids(length: int) -> None:
     ids = tokenizer(["a red car"])[0].tolist()
     assert (ids[0], ids[-1]) == tokenizer.special_ids[1:]
     assert tokenizer.mask_id not in ids[1:]
+    assert torch.equal(tokenizer(["a caf\udce9"]), tokenizer(["a caf?"]))  # no character
 
 
 def test_embeddings_are_open_clips_own(encoder: DualEncoder, reference: Any, open_clip_config: ModelConfig) -> None:

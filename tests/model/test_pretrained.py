@@ -33,6 +33,15 @@ def test_a_text_embeds_the_same_alone_and_in_a_batch_with_a_longer_one(tiny_mode
     assert torch.allclose(alone[0], together[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["tiny", "open_clip"])
+def test_what_is_no_character_is_a_question_mark(name: str, tiny_model_dir: Path, open_clip_checkpoint: Path) -> None:
+    """As of a command line whose bytes are not UTF-8."""
+    model = load_model(
+        str(tiny_model_dir) if name == "tiny" else f"open_clip:cots-test-tiny/{open_clip_checkpoint}", device="cpu"
+    )
+    assert torch.equal(model.encode_texts(["a caf\udce9 \ud83d"]), model.encode_texts(["a caf? ?"]))
+
+
 def test_a_saved_model_embeds_as_before_and_keeps_its_fingerprint(tiny_model_dir: Path, tmp_path: Path) -> None:
     encoder, tokenizer, fingerprint = read_model(tiny_model_dir)
     assert save_model(tmp_path / "again", encoder, tokenizer) == fingerprint
