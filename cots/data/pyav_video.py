@@ -16,6 +16,7 @@ from cots.errors import MediaError, MissingDependency
 
 _ATTACHED_PICTURE = 0x0400  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC
 _SEEK_GAIN = 12  # frames; jumping to a nearer keyframe costs more than decoding on
+_WIDEST_PIXEL = 8  # times its height; a file that says more, or less than an eighth, is damaged there
 # The display matrix sends (x, y) to (a x + c y, b x + d y), y downwards; keys are the signs of (a, b, c, d).
 _BY_MATRIX = {
     (0, 1, -1, 0): Image.Transpose.ROTATE_270,
@@ -52,7 +53,7 @@ class PyAVVideo:
 
     Raises:
         MediaError: not a video, no video stream (audio only), no frame that decodes, or frames of more than
-            `max_pixels`.
+            `max_pixels`, stored or as shown.
         MissingDependency: PyAV is not installed.
     """
 
@@ -102,13 +103,16 @@ class PyAVVideo:
         context = stream.codec_context
         if context is None:
             raise MediaError(self._name, "the video's codec is unknown to FFmpeg")
-        if context.width * context.height > self._max_pixels:
-            size = f"{context.width} x {context.height}"
-            raise MediaError(self._name, f"{size} pixels a frame is more than the limit of {self._max_pixels:,} pixels")
+        self._check_size(context.width, context.height)
         context.options = {"max_pixels": str(self._max_pixels)}  # the stream itself may claim more than the container
         context.thread_count = self._threads
         context.thread_type = "AUTO" if self._threads > 1 else "NONE"
         return stream
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width * height > self._max_pixels:
+            size = f"{width} x {height}"
+            raise MediaError(self._name, f"{size} pixels a frame is more than the limit of {self._max_pixels:,} pixels")
 
     def _scan(self) -> None:
         """Read all packets once for their times, decoding only the first picture (for its size and orientation)."""
@@ -145,7 +149,10 @@ class PyAVVideo:
     def _measure(self, frame: Any, duration: float) -> None:
         self._transpose = _orientation(frame)
         aspect = self._stream.sample_aspect_ratio or Fraction(1)
+        if not 1 / _WIDEST_PIXEL <= aspect <= _WIDEST_PIXEL:
+            aspect = Fraction(1)
         width, height = max(1, round(frame.width * aspect)), frame.height
+        self._check_size(width, height)
         if self._transpose in _SIDEWAYS:
             width, height = height, width
         self.info = VideoInfo(duration, len(self._pts) / duration, width, height, len(self._pts))
@@ -255,7 +262,7 @@ class PyAVVideo:
         yield None
 
     def _decoded(self, packet: Any) -> list[Any] | None:
-        """The frames that a packet completes, with those that the decoder had to patch up; None if it does not decode."""
+        """The frames that a packet completes, also those that the decoder had to patch up; None where it fails."""
         try:
             frames: list[Any] = self._stream.decode(packet)
         except self._errors:

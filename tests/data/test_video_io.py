@@ -164,6 +164,13 @@ def test_pixels_that_are_not_square(decoder: str, tmp_path: Path) -> None:
     assert probe(video).width == 256
 
 
+@pytest.mark.parametrize(("aspect", "width"), [(Fraction(8), 1024), (Fraction(1, 8), 16), (Fraction(50), 128)])
+def test_a_shape_of_pixels_that_none_has_is_ignored(aspect: Fraction, width: int, decoder: str, tmp_path: Path) -> None:
+    video = write_video(tmp_path / "wide.mp4", frames=3, aspect=aspect)
+    frames = read_frames(video, count=1)
+    assert frames.images[0].size == (frames.info.width, frames.info.height) == (width, 96)
+
+
 @pytest.mark.parametrize("size", [(90, 60), (130, 98), (214, 160), (64, 64)])
 def test_odd_widths_with_one_frame(size: tuple[int, int], decoder: str, tmp_path: Path) -> None:
     video = write_video(tmp_path / "odd.mp4", frames=10, size=size)
@@ -251,11 +258,13 @@ def test_sound_only(tmp_path: Path) -> None:
     assert "sound only" in reason(tmp_path / "sound.mp4")
 
 
-def test_pixel_limit(clip: Path, encode: Callable[..., bytes]) -> None:
+def test_pixel_limit(clip: Path, encode: Callable[..., bytes], tmp_path: Path) -> None:
     for source in (clip, animation(encode, "GIF")):
         assert "128 x 96 pixels a frame is more than the limit of 5,000 pixels" in reason(
             source, count=2, max_pixels=5000
         )
+    wide = write_video(tmp_path / "wide.mp4", frames=3, aspect=Fraction(2))
+    assert "256 x 96 pixels a frame is more than the limit of 20,000" in reason(wide, count=1, max_pixels=20_000)
 
 
 @pytest.mark.parametrize("name", ["cut.mp4", "cut.mkv", "cut.webm", "cut.ts"])
