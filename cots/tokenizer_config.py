@@ -6,14 +6,12 @@ A YAML file with a section `visual_tokenizer` is a tokenizer training; it takes 
     cots pretrain configs/visual_tokenizer.yaml visual_tokenizer.codebook_size=8192
 """
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from cots.config import DataConfig, OptimizerConfig, TrainingConfig
-from cots.settings import Settings, read_values, validate_config
+from cots.settings import Settings
 
 SECTION = "visual_tokenizer"
 
@@ -101,12 +99,3 @@ class VisualTokenizerTrainingConfig(Settings):
         if self.training.weights_dtype == "int8":
             raise ValueError("a visual tokenizer is stored in float32 or float16, not int8")
         return self
-
-
-def read_tokenizer_config(path: str | Path, overrides: Sequence[str] = ()) -> VisualTokenizerTrainingConfig:
-    """Read a YAML tokenizer training and put dotted overrides on top, as `read_config` does.
-
-    Raises:
-        ConfigError: the file is missing or no YAML mapping, an override has no `=`, or a key or value is not valid.
-    """
-    return validate_config(VisualTokenizerTrainingConfig, read_values(path, overrides), str(path))

@@ -3,15 +3,15 @@ from pathlib import Path
 import pytest
 
 from cots.errors import ConfigError
-from cots.tokenizer_config import read_tokenizer_config
+from cots.settings import read_values, validate_config
+from cots.tokenizer_config import VisualTokenizerTrainingConfig
 
-ROOT = Path(__file__).parents[1]
+COMMITTED = Path(__file__).parents[1] / "configs" / "visual_tokenizer.yaml"
 
 
-def _read(tmp_path: Path, *overrides: str) -> object:
-    path = tmp_path / "tokenizer.yaml"
-    path.write_text("visual_tokenizer: {codebook_size: 64, image_size: 32}\n")
-    return read_tokenizer_config(path, overrides)
+def _read(path: Path, *overrides: str) -> VisualTokenizerTrainingConfig:
+    """As `cots pretrain` does."""
+    return validate_config(VisualTokenizerTrainingConfig, read_values(path, overrides), str(path))
 
 
 def test_the_committed_configuration_is_small_enough_to_ship() -> None:
@@ -19,12 +19,12 @@ def test_the_committed_configuration_is_small_enough_to_ship() -> None:
 
     from cots.model.visual_tokenizer import VisualTokenizer
 
-    config = read_tokenizer_config(ROOT / "configs" / "visual_tokenizer.yaml")
+    config = _read(COMMITTED)
     with torch.device("meta"):
         tokenizer = VisualTokenizer(config.visual_tokenizer)
     assert sum(parameter.numel() for parameter in tokenizer.parameters()) * 2 < 4e6
     assert config.training.weights_dtype == "float16"
-    base = read_tokenizer_config(ROOT / "configs" / "visual_tokenizer.yaml", ["visual_tokenizer.codebook_size=8192"])
+    base = _read(COMMITTED, "visual_tokenizer.codebook_size=8192")
     assert base.visual_tokenizer.codebook_size == 8192
 
 
@@ -43,5 +43,7 @@ def test_the_committed_configuration_is_small_enough_to_ship() -> None:
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(tmp_path: Path, override: str, message: str) -> None:
+    path = tmp_path / "tokenizer.yaml"
+    path.write_text("visual_tokenizer: {codebook_size: 64, image_size: 32}\n")
     with pytest.raises(ConfigError, match=message):
-        _read(tmp_path, override)
+        _read(path, override)
