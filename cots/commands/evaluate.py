@@ -1,12 +1,16 @@
 """`cots evaluate`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cots.commands.options import BatchSize, ModelOption
-from cots.commands.terminal import print_json, progress_bar, write_json
+from cots.commands.terminal import counted, print_json, progress_bar, write_json
+
+if TYPE_CHECKING:
+    from cots.evaluation.evaluation_set import EvaluationSet
+    from cots.evaluation.protocols import Protocol
 
 
 def evaluate(
@@ -71,17 +75,19 @@ def _evaluate(
     is_file = is_file_name(protocol) and (data is None or protocol not in PROTOCOLS)
     if is_file and data is not None:
         raise typer.BadParameter(f"--data is for a protocol; paths in a file such as {protocol} are relative to it")
-    _prepare_outputs(json_file, report)
     chosen = None if is_file else find_protocol(protocol)
+    if chosen and chosen.is_training and (json_file is not None or report is not None):
+        raise typer.BadParameter(
+            f"{protocol} is a training list, which is verified only: leave out --json and --report"
+        )
+    _prepare_outputs(json_file, report)
     if chosen and data is None:
         raise typer.BadParameter(f"{protocol} is a protocol: give --data DIR, the folder with its captions and media")
     test_set = open_protocol(chosen, data) if chosen and data else read_evaluation_set(protocol)
     for warning in test_set.warnings:
         typer.echo(f"note: {warning}", err=True)
     if chosen and chosen.is_training:
-        typer.echo(
-            f"{chosen.title}: {len(test_set.items):,} videos and {len(test_set.captions):,} captions, all there."
-        )
+        _tell_what_is_there(chosen, test_set, max_failures)
         return
     with progress_bar("evaluating") as (progress, _):
         result = measure(
@@ -99,6 +105,22 @@ def _evaluate(
     typer.echo(as_text(document))
     if page:
         typer.echo(f"report: {page}")
+
+
+def _tell_what_is_there(protocol: "Protocol", test_set: "EvaluationSet", max_failures: float) -> None:
+    from cots.errors import EvaluationError
+
+    unreadable = [item for item in test_set.items if item.sample is None]
+    for item in unreadable:
+        typer.echo(f"unreadable: {item.name}: {item.problem}", err=True)
+    if len(unreadable) > max_failures * len(test_set.items):
+        raise EvaluationError(
+            f"{len(unreadable)} of {counted(len(test_set.items), protocol.kind)} of {protocol.name} cannot be opened, "
+            f"more than {100 * max_failures:.3g}%."
+        )
+    rest = f"; {len(unreadable):,} of the videos cannot be opened." if unreadable else ", all there."
+    held = f"{counted(len(test_set.items), protocol.kind)} and {counted(len(test_set.captions), 'caption')}"
+    typer.echo(f"{protocol.title}: {held}{rest}")
 
 
 def _prepare_outputs(json_file: Path | None, report: Path | None) -> None:

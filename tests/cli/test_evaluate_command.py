@@ -83,17 +83,44 @@ def test_a_protocol_runs_to_the_end(
     assert "counted as never found: video7025: not an image or a video" in outcome.err
 
 
-def test_a_training_list_is_verified_only(
-    cots: Cots, msrvtt: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def training_list(msrvtt: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two of the clips as the 9k list, whose real one has nine thousand."""
     (msrvtt / "MSRVTT_train.9k.csv").write_text("video_id\nvideo7020\nvideo7021\n")
     sentences = [{"video_id": f"video{n}", "caption": "a dog"} for n in (7020, 7021)]
     (msrvtt / "MSRVTT_data.json").write_text(json.dumps({"sentences": sentences}))
     few = replace(protocols.PROTOCOLS["msrvtt_9k"], items=2, captions=2, ids_digest="")
     monkeypatch.setitem(protocols.PROTOCOLS, "msrvtt_9k", few)
-    outcome = cots("evaluate", "msrvtt_9k", "--data", msrvtt)
+    return msrvtt
+
+
+def test_a_training_list_is_verified_only(cots: Cots, training_list: Path) -> None:
+    outcome = cots("evaluate", "msrvtt_9k", "--data", training_list)
+    assert outcome.code == 0
     assert "2 videos and 2 captions, all there" in outcome.out
     assert "R@1" not in outcome.out
+
+
+def test_videos_of_a_training_list_that_cannot_be_opened_are_named(cots: Cots, training_list: Path) -> None:
+    (training_list / "videos" / "video7021.gif").write_bytes(b"")
+    arguments = ("evaluate", "msrvtt_9k", "--data", training_list)
+    outcome = cots(*arguments, "--max-failures", 0.5)
+    assert outcome.code == 0
+    assert "unreadable: video7021: the file is empty" in outcome.err
+    assert "2 videos and 2 captions; 1 of the videos cannot be opened" in outcome.out
+    assert "all there" not in outcome.out
+    outcome = cots(*arguments)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "unreadable: video7021: the file is empty" in outcome.err
+    assert "1 of 2 videos of msrvtt_9k cannot be opened, more than 1%" in outcome.err
+
+
+def test_no_result_is_promised_of_a_training_list(cots: Cots, training_list: Path, tmp_path: Path) -> None:
+    for option in (("--json", "-"), ("--json", tmp_path / "a.json"), ("--report", tmp_path / "report")):
+        outcome = cots("evaluate", "msrvtt_9k", "--data", training_list, *option)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert "msrvtt_9k is a training list, which is verified only" in " ".join(outcome.err.split())
+    assert not (tmp_path / "report").exists()
 
 
 def test_what_is_refused(cots: Cots, media: Path, tmp_path: Path) -> None:
