@@ -92,7 +92,7 @@ def pick_examples(result: EvaluationResult, direction: str) -> tuple[list[Exampl
     allowed = [query for query in range(len(ranks)) if readable[query_items[query]]]
     worst = sorted(allowed, key=lambda query: -int(ranks[query]))
     first = [query for query in allowed if ranks[query] == 1]
-    best = sorted(first[:: max(1, len(first) // LOOKED_AT)], key=margin, reverse=True)
+    best = sorted(_evenly_spaced(first, LOOKED_AT), key=margin, reverse=True)
     return (
         [example(query) for query in _one_an_item(worst, lambda query: int(labels[query_items[query]]))],
         [example(query) for query in _one_an_item(best, lambda query: int(labels[query_items[query]]))],
@@ -121,6 +121,12 @@ def _best(scores: Tensor, relevant: Tensor) -> list[int]:
         scores.topk(min(4 * RETURNED, len(scores))).indices.tolist(), key=lambda c: (-scores[c], relevant[c])
     )
     return [wanted, *(place for place in order if scores[place] > float("-inf"))][: RETURNED + 1]
+
+
+def _evenly_spaced(queries: list[int], most: int) -> list[int]:
+    """So many of some queries, or all if they are fewer."""
+    count = min(len(queries), most)
+    return [queries[place * len(queries) // count] for place in range(count)]
 
 
 def _one_an_item(queries: list[int], label: Callable[[int], int]) -> list[int]:

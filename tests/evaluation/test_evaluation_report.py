@@ -6,6 +6,7 @@ import pytest
 from dataset_folders import msrvtt_1ka, write_picture
 
 from cots.errors import EvaluationError
+from cots.evaluation import examples
 from cots.evaluation.comparison import compare
 from cots.evaluation.evaluate import EvaluationResult, evaluate, measure
 from cots.evaluation.examples import EXAMPLES, RETURNED, pick_examples
@@ -48,6 +49,17 @@ def test_examples_are_the_worst_and_the_best_queries(photos: EvaluationResult) -
             else:
                 assert not any(shown)
         assert len({example.item for example in worst}) == EXAMPLES
+
+
+def test_of_many_best_queries_no_more_than_said_are_looked_at(
+    photos: EvaluationResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos.rankings["image_to_text"].ranks[:9] = 1  # eight, as one is unreadable
+    photos.rankings["image_to_text"].ranks[9:] = 2
+    for looked_at in (3, 5, 20):
+        monkeypatch.setattr(examples, "LOOKED_AT", looked_at)
+        _, best = pick_examples(photos, "image_to_text")
+        assert len(best) == min(looked_at, EXAMPLES)
 
 
 def test_the_page_stands_alone(photos: EvaluationResult, tmp_path: Path) -> None:
