@@ -35,7 +35,7 @@ def karpathy(files: Files) -> Captions:
 def jsfusion(files: Files) -> Captions:
     """MSRVTT_JSFUSION_test.csv: one caption of each video."""
     (path,) = files
-    return {video: [row["sentence"].strip()] for video, row in _csv_by_video(path, "sentence").items()}
+    return {video: [row["sentence"]] for video, row in _csv_by_video(path, "sentence").items()}
 
 
 def msrvtt_split(files: Files) -> Captions:
@@ -117,12 +117,21 @@ def activitynet(files: Files) -> Captions:
 
 
 def _csv_by_video(path: Path, *columns: str) -> dict[str, dict[str, str]]:
-    """The rows of a table by their column video_id."""
-    rows = list(csv.DictReader(io.StringIO(_text(path), newline="")))
-    lacking = [column for column in ("video_id", *columns) if not rows or rows[0].get(column) is None]
-    if lacking:
-        raise EvaluationError(f"{path} has no column {' or '.join(lacking)}; it is not the list that its name says.")
-    by_video = {row["video_id"].strip(): row for row in rows}
+    """Some columns of a table, of each row by its column video_id."""
+    table = csv.DictReader(io.StringIO(_text(path), newline=""))
+    needed = ("video_id", *columns)
+    with _format(path, "a table with commas between its columns"):
+        lacking = [column for column in needed if column not in (table.fieldnames or ())]
+        if lacking:
+            raise EvaluationError(
+                f"{path} has no column {' or '.join(lacking)}; it is not the list that its name says."
+            )
+        rows = []
+        for row in table:
+            if short := [column for column in needed if row[column] is None]:
+                raise EvaluationError(f"Line {table.line_num} of {path} ends before its column {short[0]}.")
+            rows.append({column: row[column].strip() for column in needed})
+    by_video = {row["video_id"]: row for row in rows}
     if len(by_video) < len(rows):
         raise EvaluationError(f"{path} lists {len(rows) - len(by_video)} videos twice.")
     return by_video
@@ -178,7 +187,7 @@ class _format:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (KeyError, TypeError, AttributeError, ValueError)):
+        if isinstance(error, (KeyError, TypeError, AttributeError, ValueError, csv.Error)):
             raise EvaluationError(f"{self._path} is not {self._expected}: {type(error).__name__} {error}.") from error
 
 

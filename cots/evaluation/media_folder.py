@@ -6,7 +6,7 @@ found = find_media(["video7010", "video7020"], "data/msrvtt", "video")
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -73,6 +73,20 @@ def find_media(ids: Sequence[str], folder: str | Path, kind: Kind, what: str = "
     return FoundMedia(samples, problems, tuple(warnings))
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """A folder's files, its own before its folders', sorted; hidden ones are left out. Links are followed, and no
+    folder is entered twice."""
+    visited: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(place, name) for name in sorted(names) if not name.startswith("."))
+
+
 def some(names: Iterable[str], between: str = ", ") -> str:
     """The first ten names and how many more there are."""
     names = list(names)
@@ -85,13 +99,7 @@ def _media_files(folder: Path, kind: Kind) -> list[Path]:
     if not folder.is_dir():
         raise EvaluationError(f"There is no folder {folder}; name the one that holds the data with --data.")
     extensions = VIDEO_EXTENSIONS | {"gif"} if kind == "video" else IMAGE_EXTENSIONS
-    found = []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and name.rpartition(".")[2].lower() in extensions:
-                found.append(Path(place, name))
-    return found
+    return [path for path in files_below(folder) if path.name.rpartition(".")[2].lower() in extensions]
 
 
 def _stem(name: str) -> str:

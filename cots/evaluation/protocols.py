@@ -19,7 +19,7 @@ from cots.errors import EvaluationError
 from cots.evaluation import annotations
 from cots.evaluation.annotations import Captions, Reader
 from cots.evaluation.evaluation_set import EvaluationSet, Item
-from cots.evaluation.media_folder import find_media, some
+from cots.evaluation.media_folder import files_below, find_media, some
 
 _MSRVTT = (
     "captions and lists: msrvtt_data.zip of the releases of github.com/ArrowLuo/CLIP4Clip; videos: MSRVTT.zip of "
@@ -254,7 +254,7 @@ def _find_file(folder: Path, names: tuple[str, ...], protocol: Protocol) -> Path
     for name in names:
         if (folder / name).is_file():
             return folder / name
-        below = sorted(folder.rglob(name))
+        below = [path for path in files_below(folder) if path.name == name]
         if len(below) > 1:
             raise EvaluationError(f"{folder} holds several {name} ({some(map(str, below))}); keep one.")
         if below:

@@ -148,6 +148,20 @@ def test_two_files_of_one_video_are_refused(tmp_path: Path) -> None:
         open_protocol(protocol, tmp_path)
 
 
+def test_links_to_folders_are_followed_and_no_folder_is_entered_twice(tmp_path: Path) -> None:
+    protocol = msrvtt_1ka(tmp_path / "real")
+    (tmp_path / "real" / "lists").mkdir()
+    (tmp_path / "real" / "MSRVTT_JSFUSION_test.csv").rename(tmp_path / "real" / "lists" / "MSRVTT_JSFUSION_test.csv")
+    (tmp_path / "real" / "videos" / "again").symlink_to(tmp_path / "real")
+    (tmp_path / "data").mkdir()
+    for name in ("lists", "videos"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "real" / name)
+    for folder in (tmp_path / "real", tmp_path / "data"):
+        test_set = open_protocol(protocol, folder)
+        assert [item.problem for item in test_set.items] == [""] * 4
+        assert test_set.warnings == ()
+
+
 def test_a_picture_called_like_a_video_is_refused(tmp_path: Path) -> None:
     protocol = msrvtt_1ka(tmp_path)
     picture = write_picture(tmp_path / "x.png", 1)
@@ -211,6 +225,15 @@ def test_an_annotation_file_in_another_encoding_or_format_is_refused(tmp_path: P
         open_protocol(protocol, tmp_path)
     table.write_text(good.replace("video_id", "name"))
     with pytest.raises(EvaluationError, match="has no column video_id"):
+        open_protocol(protocol, tmp_path)
+    table.write_text(good + "ret9,msr9,video9\n")
+    with pytest.raises(EvaluationError, match=r"Line 6 of .*MSRVTT_JSFUSION_test\.csv ends before its column sentence"):
+        open_protocol(protocol, tmp_path)
+    table.write_text(good.replace("a dog number 0 runs\n", "\n").replace(",video7020,", ""))
+    with pytest.raises(EvaluationError, match=r"Line 2 of .* ends before its column video_id"):
+        open_protocol(protocol, tmp_path)
+    table.write_text(good + f'ret9,msr9,video9,"{"a dog " * 30_000}')  # a quote that nothing closes
+    with pytest.raises(EvaluationError, match=r"is not a table with commas between its columns: Error field larger"):
         open_protocol(protocol, tmp_path)
     table.write_text(good + good.splitlines()[1] + "\n")
     with pytest.raises(EvaluationError, match="lists 1 videos twice"):
