@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,7 +114,8 @@ class Searcher:
         self.snapshot = gallery.snapshot
         self.index = open_engine(gallery, model)
         self._sentences = single_core_threads(1, "sentences")
-        self._filter = lru_cache(FILTERS)(self._filtered_rows)
+        # Of no method of its own, which would keep the searcher and its vectors until the garbage collector comes.
+        self._filter = lru_cache(FILTERS)(partial(_filtered_rows, gallery))
 
     def search(
         self,
@@ -196,18 +197,6 @@ class Searcher:
             allowed[self.snapshot.rows_of(self.gallery.row(like)["item"])] = False
         return allowed
 
-    def _filtered_rows(self, where: str | None, kind: str | None, version: int | None) -> np.ndarray:
-        """(N,) bool, read-only: the rows of a kind for which a condition holds as of a version of the table, of which
-        kinds need none."""
-        rows = np.ones(len(self.snapshot), bool)
-        if where is not None:
-            rows[:] = False
-            rows[self.snapshot.positions(self.gallery.ids(where))] = True
-        if kind is not None:
-            rows &= self.snapshot.videos == (kind == "video")
-        rows.flags.writeable = False  # an engine may keep what it makes of it
-        return rows
-
     def _best_items(self, query: np.ndarray, k: int, allowed: np.ndarray | None) -> list[tuple[int, float]]:
         """The k best items, each with its best row's score. Rows are fetched until they hold k items or run out."""
         fetch = 2 * k
@@ -252,6 +241,20 @@ class Searcher:
         scores = self.snapshot.vectors[candidates].astype(np.float32) @ query
         row = self.snapshot.row(int(candidates[np.argmax(scores)]))
         return Hit.of_row(row, self.gallery, rank, score)
+
+
+def _filtered_rows(gallery: Gallery, where: str | None, kind: str | None, version: int | None) -> np.ndarray:
+    """(N,) bool, read-only: the rows of a kind for which a condition holds as of a version of the table, of which kinds
+    need none."""
+    snapshot = gallery.snapshot
+    rows = np.ones(len(snapshot), bool)
+    if where is not None:
+        rows[:] = False
+        rows[snapshot.positions(gallery.ids(where))] = True
+    if kind is not None:
+        rows &= snapshot.videos == (kind == "video")
+    rows.flags.writeable = False  # an engine may keep what it makes of it
+    return rows
 
 
 def _require_mode(mode: str, text: str, vector_wishes: bool) -> None:

@@ -1,5 +1,7 @@
 """Search: what brute force over the table finds, each item once, at its best moment, within the filter."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +88,23 @@ def test_a_condition_that_was_asked_before_sees_what_was_removed_since(searcher:
     open_gallery(searcher.gallery.directory).remove_items([searcher.gallery.row(gone.id)["item"]])
     after = {hit.path for hit in searcher.search("a red truck", where=condition, k=100).hits}
     assert after == before - {gone.path}
+
+
+def test_a_searcher_goes_with_its_last_user(gallery: Gallery, tiny_model: RetrievalModel) -> None:
+    """Its mapped vectors, or those on the GPU, do not wait for the garbage collector."""
+    searcher = Searcher(gallery, tiny_model)
+    for _ in range(2):
+        searcher.search("a dog", where="kind = 'image'", kind="image", like=3)
+    index, thread = weakref.ref(searcher.index), next(iter(searcher._sentences._threads))
+    gc.collect()
+    gc.disable()
+    try:
+        del searcher
+        assert index() is None
+    finally:
+        gc.enable()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
 
 
 def test_a_picture_finds_itself(searcher: Searcher, photos: Path) -> None:
