@@ -97,7 +97,8 @@ def listen(host: str, port: int) -> socket.socket:
             if error.errno == errno.EADDRINUSE
             else f"cannot be used ({(error.strerror or str(error)).lower()})"
         )
-        raise CotsError(f"Port {port} on {host} {reason}; choose another, for example: --port {port + 1}") from error
+        other = port + 1 if port < 65535 else port - 1
+        raise CotsError(f"Port {port} on {host} {reason}; choose another, for example: --port {other}") from error
     return listener
 
 

@@ -97,6 +97,15 @@ def test_a_port_in_use_is_a_sentence_that_names_it() -> None:
             listen("127.0.0.1", port)
 
 
+def test_the_port_that_is_advised_is_one() -> None:
+    try:
+        taken = socket.create_server(("127.0.0.1", 65535))
+    except OSError:
+        taken = socket.socket()  # another program's is as good
+    with taken, pytest.raises(CotsError, match=r"Port 65535 on 127\.0\.0\.1 is in use.*: --port 65534$"):
+        listen("127.0.0.1", 65535)
+
+
 def test_a_host_of_another_machine_is_a_sentence() -> None:
     with pytest.raises(CotsError, match=r"192\.0\.2\.1 is not an address of this machine; try --host 127\.0\.0\.1\.$"):
         listen("192.0.2.1", 0)
