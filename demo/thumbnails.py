@@ -100,7 +100,9 @@ def centre_cutout(picture: Image.Image) -> Image.Image:
     subject = picture.crop(box) if box else picture
     side = min(TILE_SIDE, round(max(subject.size) / (1 - 2 * _MARGIN)))
     inner = round(side * (1 - 2 * _MARGIN))
-    subject = ImageOps.contain(subject, (inner, inner), Image.Resampling.LANCZOS)
+    scale = inner / max(subject.size)
+    width, height = (max(1, round(scale * length)) for length in subject.size)  # a thin line keeps a pixel
+    subject = subject.resize((width, height), Image.Resampling.LANCZOS)
     square = Image.new("RGB", (side, side), "white")
     square.paste(subject, ((side - subject.width) // 2, (side - subject.height) // 2))
     return square
