@@ -76,7 +76,7 @@ def _card(hit: Hit, mark: str, scored: bool) -> str:
         moment = f"{clock(hit.start)}\N{EN DASH}{clock(max(hit.end, hit.start + 1))}"
         fragment = f"#t={hit.start:.2f},{hit.end:.2f}"
     # Animated GIF, WebP and PNG count as videos, but a browser shows them as pictures.
-    player = hit.kind == "video" and not (mimetypes.guess_type(hit.path)[0] or "").startswith("image/")
+    player = hit.kind == "video" and not (mimetypes.guess_type(hit.path, strict=False)[0] or "").startswith("image/")
     data = {
         "id": hit.id,
         "kind": hit.kind,

@@ -161,6 +161,11 @@ def answer(engine: Engine, ask: Ask) -> dict[str, Any]:
     shelf = engine.shelf
     if ask.ranking != "vector" and not shelf.captioned:
         raise CotsError("No item of this gallery has a caption; choose Refine, Find: What is shown.")
+    if ask.ranking == "text" and (ask.without.strip() or ask.picture or ask.like != ""):
+        raise CotsError(
+            "“Without”, pictures and “More like this” go by what is shown, not by words of captions; choose Refine, "
+            "Find: Both."
+        )
     if not ask.searches:
         if ask.without.strip():
             raise CotsError("“Without” takes away from a search; type a few words, or drop in a picture, too.")
