@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ MEMBER_SEPARATOR = "::"
 _IN_SHARD = re.compile(r"(.*?\.tar)" + MEMBER_SEPARATOR + r"(.+)", re.IGNORECASE | re.DOTALL)
 _BLOCK = tarfile.BLOCKSIZE
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
-_PAX_RECORD = re.compile(rb"\d+ ([^=]+)=([^\n]*)\n")
+_MOST_DIGITS = 20  # of a size
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 
 
@@ -59,19 +59,19 @@ def scan_tar(path: str | Path) -> tuple[list[Member], str | None]:
         archive (None: nothing).
 
     Raises:
-        SourceError: the file cannot be opened, or is compressed (no random access).
+        SourceError: the file cannot be opened or read, or is compressed (no random access).
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
+        try:
+            start = os.pread(descriptor, 2, 0)
+            if start in _COMPRESSED:
+                raise SourceError(f"{path} is compressed with {_COMPRESSED[start]}; unpack it to a plain .tar")
+            return _scan(descriptor, os.fstat(descriptor).st_size)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        raise SourceError(f"cannot open the shard {path}: {(error.strerror or str(error)).lower()}") from error
-    try:
-        start = os.pread(descriptor, 2, 0)
-        if start in _COMPRESSED:
-            raise SourceError(f"{path} is compressed with {_COMPRESSED[start]}; unpack it to a plain .tar")
-        return _scan(descriptor, os.fstat(descriptor).st_size)
-    finally:
-        os.close(descriptor)
+        raise SourceError(f"cannot read the shard {path}: {(error.strerror or str(error)).lower()}") from error
 
 
 def _scan(descriptor: int, length: int) -> tuple[list[Member], str | None]:
@@ -79,7 +79,7 @@ def _scan(descriptor: int, length: int) -> tuple[list[Member], str | None]:
         return [], "the file is empty (0 bytes)"
     members: list[Member] = []
     position = 0
-    overrides: dict[str, str] = {}  # name and size from the GNU or pax records before a member
+    overrides: dict[str, bytes] = {}  # name and size from the GNU or pax records before a member
     while True:
         block = os.pread(descriptor, _BLOCK, position)
         if not block:
@@ -88,30 +88,62 @@ def _scan(descriptor: int, length: int) -> tuple[list[Member], str | None]:
             return members, f"the archive is truncated inside a header, after {len(members)} whole members"
         if block.count(0) == _BLOCK:
             return members, None
+        damage = f"the archive is damaged after {len(members)} whole members"
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError:
-            what = "not a tar archive" if not members else f"the archive is damaged after {len(members)} whole members"
-            return members, what
+            return members, damage if members else "not a tar archive"
         payload = position + _BLOCK
-        size = int(overrides.get("size", header.size))
+        size = _number(overrides["size"]) if "size" in overrides else header.size
+        if size < 0:
+            return members, damage
         position = payload + -(-size // _BLOCK) * _BLOCK
         if payload + size > length:
             return members, f"the archive is truncated inside {header.name!r}, after {len(members)} whole members"
         if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-            overrides |= _overrides(header.type, os.pread(descriptor, size, payload))
+            try:
+                overrides |= _overrides(header.type, os.pread(descriptor, size, payload))
+            except ValueError:
+                return members, damage
             continue
-        name = overrides.get("path", header.name)
+        name = overrides["path"].decode("utf-8", "surrogateescape") if "path" in overrides else header.name
         overrides = {}
         if header.type in _REGULAR and not _hidden(name):
             members.append(Member(name.removeprefix("./"), payload, size))
 
 
-def _overrides(kind: bytes, payload: bytes) -> dict[str, str]:
+def _number(digits: bytes) -> int:
+    """-1 for what is no number, or one that no file's size can be."""
+    return int(digits) if digits.isdigit() and len(digits) <= _MOST_DIGITS else -1
+
+
+def _overrides(kind: bytes, payload: bytes) -> dict[str, bytes]:
+    """What the records before a member say of it.
+
+    Raises:
+        ValueError: they are damaged.
+    """
     if kind == tarfile.GNUTYPE_LONGNAME:
-        return {"path": payload.rstrip(b"\0").decode("utf-8", "surrogateescape")}
-    records = {key.decode(): value.decode("utf-8", "surrogateescape") for key, value in _PAX_RECORD.findall(payload)}
-    return {key: records[key] for key in ("path", "size") if key in records}
+        return {"path": payload.rstrip(b"\0")}
+    records = dict(_pax_records(payload.rstrip(b"\0")))
+    return {key: records[key.encode()] for key in ("path", "size") if key.encode() in records}
+
+
+def _pax_records(payload: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values of records like "18 path=photo.jpg", a line's end behind each and perhaps one in the value.
+
+    Raises:
+        ValueError: a record is not as long as it says.
+    """
+    position = 0
+    while position < len(payload):
+        digits, space, _ = payload[position : position + _MOST_DIGITS + 1].partition(b" ")
+        end = position + _number(digits)
+        key, equals, value = payload[position + len(digits) + 1 : end].partition(b"=")
+        if not space or not equals or not value.endswith(b"\n") or end > len(payload):
+            raise ValueError(f"no pax record at byte {position}")
+        yield key, value[:-1]
+        position = end
 
 
 def _hidden(name: str) -> bool:

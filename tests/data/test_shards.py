@@ -155,6 +155,52 @@ def test_damaged_header(tmp_path: Path) -> None:
         TarIndex([path])
 
 
+def crafted(member: tarfile.TarInfo, payload: bytes) -> bytes:
+    """A member as it lies in an archive, whatever its header says."""
+    return member.tobuf(tarfile.GNU_FORMAT) + payload + bytes(-len(payload) % 512)
+
+
+def test_a_size_below_zero_is_damage(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", {"a.jpg": b"abc"})
+    member = tarfile.TarInfo("b.jpg")
+    member.size = -512
+    path.write_bytes(path.read_bytes()[:1024] + crafted(member, b""))
+    members, damage = scan_tar(path)
+    assert [member.name for member in members] == ["a.jpg"]
+    assert damage == "the archive is damaged after 1 whole members"
+
+
+@pytest.mark.parametrize(
+    ("records", "name"),
+    [
+        (b"17 path=fo\no.png\n", "fo\no.png"),
+        (b"12 path=b=c\n", "b=c"),
+        (b"8 \xff\xfe=xy\n17 path=good.png\n" + bytes(4), "good.png"),
+        (b"9 size=1\n17 path=good.png\n", "good.png"),
+        (b"9 size=x\n", None),
+        (b"10 size=-1\n", None),
+        (b"5007 size=" + b"1" * 4996 + b"\n", None),
+        (b"99 path=good.png\n", None),
+        (b"15 path=good.png\n", None),
+        (b"0 path=good.png\n", None),
+        (b"path=good.png\n", None),
+    ],
+)
+def test_pax_records(records: bytes, name: str | None, tmp_path: Path) -> None:
+    extended, member = tarfile.TarInfo("pax"), tarfile.TarInfo("plain.png")
+    extended.type, extended.size, member.size = tarfile.XHDTYPE, len(records), 1
+    (tmp_path / "x.tar").write_bytes(crafted(extended, records) + crafted(member, b"1") + bytes(1024))
+    members, damage = scan_tar(tmp_path / "x.tar")
+    assert [member.name for member in members] == ([name] if name else [])
+    assert damage == (None if name else "the archive is damaged after 0 whole members")
+
+
+def test_a_folder_called_as_a_shard(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").mkdir()
+    with pytest.raises(SourceError, match=r"x\.tar: is a directory"):
+        TarIndex([tmp_path / "x.tar"])
+
+
 def test_shard_that_shrinks_or_goes(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", pairs(3))
     index = TarIndex([path])
