@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from timm.models import group_parameters
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -21,10 +22,15 @@ from cots.model.tower import GridTower, TowerOutput
 
 
 class ImageTower(GridTower):
-    """Pixels (B, 3, S, S), normalised -> TowerOutput of width `width`."""
+    """Pixels (B, 3, S, S), normalised -> TowerOutput of width `width`.
+
+    Raises:
+        ConfigError: timm has no such network, it does not take pictures of this size, or it makes no square of tokens.
+    """
 
     def __init__(self, config: ImageTowerConfig, trunk: nn.Module | None = None) -> None:
         super().__init__()
+        self.name = config.name
         # any: timm networks share `forward_features`, but no class that says so
         self.trunk: Any = create_trunk(config) if trunk is None else trunk
         self.freeze_norms = config.freeze_norms
@@ -38,7 +44,13 @@ class ImageTower(GridTower):
         if config.pooling == "cls" and not (self.prefix or config.transformer_depth):
             raise ConfigError(f"{config.name} has no [CLS] token; set model.image_tower.pooling=mean.")
         self.width = sample.shape[1] if self.convolutional else sample.shape[2]
-        self.grid = sample.shape[3] if self.convolutional else math.isqrt(sample.shape[1] - self.prefix)
+        patches = sample[0, 0].numel() if self.convolutional else sample.shape[1] - self.prefix
+        self.grid = math.isqrt(patches)
+        if self.grid * self.grid != patches:
+            raise ConfigError(
+                f"{config.name} gives {patches} tokens of a picture of {config.image_size} px, which form no square; "
+                "take another network for model.image_tower.name."
+            )
         self.stride = round(config.image_size / self.grid)
         self.blocks: HybridBlocks | None = None
         if config.transformer_depth:
@@ -58,7 +70,12 @@ class ImageTower(GridTower):
         return TowerOutput(self.dropout(pooled), tokens)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
-        self.trunk.set_grad_checkpointing(enabled)
+        try:
+            self.trunk.set_grad_checkpointing(enabled)
+        except AssertionError as error:
+            raise ConfigError(
+                f"timm's {self.name} cannot compute its layers again; set training.activation_checkpointing=false."
+            ) from error
         if self.blocks is not None:
             self.blocks.activation_checkpointing = enabled
 
@@ -83,13 +100,27 @@ class ImageTower(GridTower):
         """The features of one picture, to learn their shape from."""
         self.trunk.eval()
         pixels = torch.zeros(1, 3, size, size, device=next(self.trunk.parameters()).device)
-        features = self._features(pixels)
+        try:
+            features = self.trunk.forward_features(pixels)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+            raise ConfigError(
+                f"{self.name} does not take pictures of {size} px ({reason}); set model.image_tower.image_size, or "
+                "what it needs in model.image_tower.architecture."
+            ) from error
+        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+            raise ConfigError(
+                f"{self.name} gives neither a map nor tokens of a picture; take another network for "
+                "model.image_tower.name."
+            )
         self.trunk.train()
-        return features
+        return self._ordered(features)
 
     def _features(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, N, C) of a transformer, (B, C, H, W) of one that gives a map."""
-        features = self.trunk.forward_features(pixels)
+        return self._ordered(self.trunk.forward_features(pixels))
+
+    def _ordered(self, features: Tensor) -> Tensor:
         return features.permute(0, 3, 1, 2) if self.channels_last else features
 
 
@@ -140,15 +171,26 @@ def create_trunk(config: ImageTowerConfig, pretrained: bool = False) -> nn.Modul
     if config.name.startswith(("vit", "deit", "eva", "beit")):
         extra.setdefault("img_size", config.image_size)
     try:
-        trunk = timm.create_model(
-            config.name, pretrained=pretrained, num_classes=0, drop_path_rate=config.drop_path, **extra
-        )
+        trunk = _timm_network(config, pretrained, extra)
     except (TypeError, AssertionError) as error:
         raise ConfigError(f"timm cannot build {config.name} with {extra}: {error}.") from error
-    patch = getattr(getattr(trunk, "patch_embed", None), "patch_size", (1, 1))
+    patch = to_2tuple(getattr(getattr(trunk, "patch_embed", None), "patch_size", 1))
     if config.image_size % patch[0] or config.image_size % patch[1]:
         raise ConfigError(
             f"model.image_tower.image_size {config.image_size} is no multiple of the {patch[0]} px patches of "
             f"{config.name}; {config.image_size - config.image_size % patch[0]} would be."
         )
     return trunk
+
+
+def _timm_network(config: ImageTowerConfig, pretrained: bool, extra: dict[str, Any]) -> nn.Module:
+    try:  # a rate of 0 too: some networks have another one by default
+        return timm.create_model(
+            config.name, pretrained=pretrained, num_classes=0, drop_path_rate=config.drop_path, **extra
+        )
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        if config.drop_path:
+            raise ConfigError(f"{config.name} has no stochastic depth; set model.image_tower.drop_path=0.") from error
+    return timm.create_model(config.name, pretrained=pretrained, num_classes=0, **extra)

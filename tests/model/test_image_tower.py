@@ -22,11 +22,41 @@ SMALL = {"embed_dim": 32, "depth": 1, "num_heads": 2}
         ({"name": "vit_base_patch16_244"}, r"no architecture .*_244.; similar names: .*vit_base_patch16_224"),
         ({"transformer_depth": 1, "architecture": SMALL}, r"is a transformer already; set .*transformer_depth=0"),
         ({"name": "tf_efficientnet_lite0", "image_size": 64}, r"has no \[CLS\] token; set .*pooling=mean"),
+        (
+            {"name": "swin_tiny_patch4_window7_224", "image_size": 256, "pooling": "mean"},
+            r"does not take pictures of 256 px \(.*224.*\); set model\.image_tower\.image_size, or .*architecture",
+        ),
+        ({"name": "crossvit_9_240", "image_size": 240}, "gives neither a map nor tokens .*; take another"),
+        ({"name": "volo_d1_224", "pooling": "mean"}, "gives 197 tokens .* 224 px, which form no square; take another"),
+        ({"name": "vgg11", "drop_path": 0.1, "pooling": "mean"}, "vgg11 has no stochastic depth; set .*drop_path=0"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused_with_what_to_set(settings: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message), torch.device("meta"):
         ImageTower(ImageTowerConfig.model_validate(settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "grid"),
+    [
+        ({"name": "densenet121", "image_size": 64}, 2),  # without stochastic depth
+        ({"name": "repvit_m0_9", "image_size": 64}, 2),
+        ({"name": "xcit_nano_12_p8_224", "image_size": 64}, 8),  # the side of its patches is one number
+    ],
+)
+def test_networks_that_lack_what_others_have_are_built_too(settings: dict, grid: int) -> None:
+    with torch.device("meta"):
+        tower = ImageTower(ImageTowerConfig.model_validate({**settings, "pooling": "mean"}))
+        assert tower.grid == grid
+        assert tower(torch.zeros(2, 3, 64, 64)).tokens.shape == (2, grid * grid, tower.width)
+
+
+def test_a_network_that_cannot_compute_twice_says_so() -> None:
+    with torch.device("meta"):
+        tower = ImageTower(ImageTowerConfig(name="vgg11", image_size=32, pooling="mean"))
+    tower.set_activation_checkpointing(False)
+    with pytest.raises(ConfigError, match=r"vgg11 .*; set training\.activation_checkpointing=false"):
+        tower.set_activation_checkpointing(True)
 
 
 @pytest.mark.parametrize(
