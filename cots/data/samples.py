@@ -24,6 +24,8 @@ from cots.errors import MediaError, SourceError
 
 OnError = Callable[[MediaError], None]
 
+_PIPE = "not a file but a pipe, a socket or a device"
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -81,7 +83,7 @@ def iter_samples(sources: Sequence[str | Path], on_error: OnError) -> Iterator[S
 
     Raises:
         SourceError: at once, when a source does not exist or a folder holds no media; during iteration, when a table
-            lacks its path column, or a shard given by name cannot be opened or holds no media.
+            lacks its path column, a shard given by name cannot be opened or holds no media, or either is a pipe.
     """
     found = entries(sources, on_error)
     return each_once(sample for entry in found for sample in samples_of(entry, on_error))
@@ -116,6 +118,8 @@ class Entry:
 
 def _resolve(source: str, on_error: OnError) -> list[Iterator[Entry]]:
     """Check that a source exists and give the entries that it stands for."""
+    if not source:
+        raise SourceError('a source is empty; name a file or a folder ("." for the one you are in)')
     path = os.path.abspath(os.path.expanduser(source))
     if os.path.isdir(path):
         return [_walk_checked(path, source, on_error)]
@@ -168,7 +172,7 @@ def _walk(folder: str, label: str, on_error: OnError) -> Iterator[Entry]:
             status = os.stat(current)
             names = sorted(os.listdir(current))
         except OSError as error:
-            on_error(MediaError(current, (error.strerror or str(error)).lower()))
+            on_error(MediaError(_printable(current), (error.strerror or str(error)).lower()))
             continue
         if (status.st_dev, status.st_ino) in visited:
             continue
@@ -202,10 +206,13 @@ def samples_of(entry: Entry, on_error: OnError) -> Iterator[Sample]:
     All their texts are Unicode, as whoever stores them needs it: a file whose name is not, in which an old archive may
     have left bytes of another code, is reported; in a caption half a character becomes "?".
     """
-    for sample in _found_in(entry, on_error):
+
+    def complain(error: MediaError) -> None:
+        on_error(MediaError(_printable(error.path), error.reason))
+
+    for sample in _found_in(entry, complain):
         if not _is_unicode(sample.path):
-            name = sample.path.encode(errors="backslashreplace").decode()
-            on_error(MediaError(name, "its name is not in UTF-8; rename it"))
+            complain(MediaError(sample.path, "its name is not in UTF-8; rename it"))
         elif all(map(_is_unicode, (*sample.captions, sample.source, *sample.extra.values()))):
             yield sample
         else:
@@ -225,9 +232,17 @@ def _as_unicode(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
+def _printable(path: str) -> str:
+    return path.encode(errors="backslashreplace").decode().replace("\0", "\\x00")
+
+
 def _found_in(entry: Entry, on_error: OnError) -> Iterator[Sample]:
     extension = _extension(entry.path)
-    if extension == "tar":
+    if holds_many(entry) and not _may_be_read(entry.path):
+        if entry.named:
+            raise SourceError(f"{entry.path} is {_PIPE}")
+        on_error(MediaError(entry.path, _PIPE))
+    elif extension == "tar":
         yield from _from_shard(entry, on_error)
     elif extension in TABLE_EXTENSIONS:
         for row in read_items(entry.path, on_error):
@@ -247,8 +262,8 @@ def _from_file(
         return open(path, "rb")
 
     try:
-        if not _may_be_read(os.stat(path).st_mode):
-            on_error(MediaError(path, "not a file but a pipe, a socket or a device" + suffix))
+        if not _may_be_read(path):
+            on_error(MediaError(path, _PIPE + suffix))
             return
         with opened() as file:
             status = os.fstat(file.fileno())
@@ -257,14 +272,25 @@ def _from_file(
     except OSError as error:
         on_error(MediaError(path, (error.strerror or str(error)).lower() + suffix))
         return
+    except ValueError:  # of a NUL, or half a character
+        on_error(MediaError(path, "no file can have this name" + suffix))
+        return
     if kind is None:
         on_error(MediaError(path, _not_media(header) + suffix))
         return
     yield Sample(path, kind, captions, source, extra, status.st_size, status.st_mtime)
 
 
-def _may_be_read(mode: int) -> bool:
-    """Whether opening it cannot wait for another program; a folder's own error says what it is."""
+def _may_be_read(path: str) -> bool:
+    """Whether opening it cannot wait for another program; a folder's own error, or that of what has gone, tells more.
+
+    Raises:
+        ValueError: no file can have this name.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return True
     return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
 
@@ -275,17 +301,20 @@ def _not_media(header: bytes) -> str:
 def _from_shard(entry: Entry, on_error: OnError) -> Iterator[Sample]:
     try:
         members, damage = scan_tar(entry.path)
+        mtime = os.stat(entry.path).st_mtime
     except SourceError as error:
         if entry.named:
             raise
         on_error(MediaError(entry.path, str(error)))
+        return
+    except OSError as error:  # it was there a moment ago
+        on_error(MediaError(entry.path, (error.strerror or str(error)).lower()))
         return
     if damage is not None:
         on_error(MediaError(entry.path, damage))
     pairs = group(members)
     if damage is None and entry.named and not any(_is_media(part) for parts in pairs.values() for part in parts):
         raise SourceError(f"the shard {entry.path} holds no images or videos")
-    mtime = os.stat(entry.path).st_mtime
     for parts in pairs.values():
         yield from _from_pair(entry.path, parts, mtime, on_error)
 
@@ -299,13 +328,16 @@ def _from_pair(shard: str, parts: dict[str, Member], mtime: float, on_error: OnE
     media = [(extension, member) for extension, member in parts.items() if _is_media(extension)]
     if not media:
         return
-    texts: dict[str, bytes] = {
-        name: read_span(shard, parts[name].offset, parts[name].size) for name in ("json", "txt") if name in parts
-    }
     captions: tuple[str, ...] = ()
     fields: dict[str, Any] = {}
     try:
+        texts = {
+            name: read_span(shard, parts[name].offset, parts[name].size) for name in ("json", "txt") if name in parts
+        }
         captions, fields = read_captions(texts)
+    except MediaError as error:
+        on_error(MediaError(f"{shard}{MEMBER_SEPARATOR}{media[0][1].name}", error.reason))
+        return
     except ValueError as error:
         on_error(MediaError(f"{shard}{MEMBER_SEPARATOR}{parts['json'].name}", f"not JSON ({error})"))
     if "license" in fields:
@@ -317,8 +349,12 @@ def _from_pair(shard: str, parts: dict[str, Member], mtime: float, on_error: OnE
         def opened(member: Member = member) -> BinaryIO:
             return io.BytesIO(read_span(shard, member.offset, member.size))
 
-        header = read_span(shard, member.offset, min(member.size, HEADER_BYTES))
-        kind = sniff(header, extension.rpartition(".")[2], opened)
+        try:
+            header = read_span(shard, member.offset, min(member.size, HEADER_BYTES))
+            kind = sniff(header, extension.rpartition(".")[2], opened)
+        except MediaError as error:
+            on_error(MediaError(path, error.reason))
+            continue
         if kind is None:
             on_error(MediaError(path, _not_media(header)))
             continue

@@ -106,6 +106,18 @@ def test_a_pipe_is_named_and_not_waited_for(picture: bytes, tmp_path: Path) -> N
     assert [error.reason for error in errors] == ["not a file but a pipe, a socket or a device"]
 
 
+def test_a_pipe_called_as_a_shard_or_a_table_is_not_waited_for(picture: bytes, tmp_path: Path) -> None:
+    (tmp_path / "good.jpg").write_bytes(picture)
+    for name in ("pipe.tar", "pipe.csv"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(SourceError, match=f"{name} is not a file but a pipe"):
+            collect(tmp_path / name)
+    samples, errors = collect(f"{tmp_path}/*")
+    assert names(samples, tmp_path) == ["good.jpg"]
+    assert len(collect(tmp_path)[1]) == 1  # a folder's tables are not read
+    assert [error.reason for error in errors] == ["not a file but a pipe, a socket or a device"] * 2
+
+
 def test_links_to_folders_are_followed_once(picture: bytes, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real/a.jpg").write_bytes(picture)
@@ -145,6 +157,16 @@ def test_each_path_once(picture: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(picture)
     samples, _ = collect(tmp_path, tmp_path / "a.jpg", f"{tmp_path}/*.jpg", os.path.relpath(tmp_path / "a.jpg"))
     assert len(samples) == 1
+
+
+def test_an_empty_source_is_not_the_working_directory(
+    picture: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match="a source is empty"):
+        collect("")
+    assert len(collect(".")[0]) == 1
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -234,6 +256,33 @@ def test_table(picture: bytes, tmp_path: Path) -> None:
     assert samples[0].extra == {"licence": "CC0", "author": "Ada"}
     assert errors[0].path == str(tmp_path / "missing.jpg")
     assert "line 2" in errors[0].reason
+
+
+def test_names_that_no_file_can_have(picture: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture)
+    table = tmp_path / "album.jsonl"
+    paths = ["nul\0.jpg", "half \ud83d.jpg", "old \udce9.jpg", "a.jpg"]
+    table.write_text("".join(json.dumps({"path": path}) + "\n" for path in paths))
+    samples, errors = collect(table)
+    assert names(samples, tmp_path) == ["a.jpg"]
+    assert [str(error) for error in errors] == [
+        f"{tmp_path}/nul\\x00.jpg: no file can have this name (named in {table}, line 1)",
+        f"{tmp_path}/half \\ud83d.jpg: no file can have this name (named in {table}, line 2)",
+        f"{tmp_path}/old \\udce9.jpg: no such file or directory (named in {table}, line 3)",
+    ]
+
+
+def test_a_shard_that_shrinks_while_it_is_listed_does_not_end_the_list(picture: bytes, tmp_path: Path) -> None:
+    captioned = {"1.jpg": picture, "1.txt": b"a dog"}
+    shard = write_tar(tmp_path / "a.tar", {"0.jpg": picture, **captioned, "2.jpg": picture, "3.tga": bytes(100)})
+    (tmp_path / "b.jpg").write_bytes(picture)
+    errors: list[MediaError] = []
+    samples = iter_samples([tmp_path], errors.append)
+    assert next(samples).path == f"{shard}::0.jpg"
+    os.truncate(shard, 1024)
+    assert names(list(samples), tmp_path) == ["b.jpg"]
+    assert [error.path for error in errors] == [f"{shard}::{name}" for name in ("1.jpg", "2.jpg", "3.tga")]
+    assert all("it has changed since it was listed" in error.reason for error in errors)
 
 
 def test_file_that_changes_under_us(picture: bytes, tmp_path: Path) -> None:
