@@ -69,8 +69,8 @@ def read_model(directory: str | Path) -> tuple[DualEncoder, CaptionTokenizer, st
 class SavedModel:
     """A model directory whose weights lie in memory as stored, to be built whole or one stream at a time.
 
-    All that is built is float32, on the CPU, in evaluation mode; building raises ModelError if the weights are of
-    another architecture.
+    All that is built is float32, on the CPU, in evaluation mode; building raises ModelError if weights are missing or
+    of another architecture.
 
     Attributes:
         config: the model's settings.
@@ -102,8 +102,8 @@ class SavedModel:
                 stream = kind(self.config)
         except ConfigError as error:
             raise ModelError(f"{self._directory / 'config.json'}: {error}") from error
-        weights = _unpack({name: value for name, value in self._stored.items() if name.startswith(prefix)})
-        load_weights(stream, weights, f"{self._directory}")
+        stored = {name: value for name, value in self._stored.items() if name.startswith(prefix)}
+        load_weights(stream, _unpack(stored, f"{self._directory}"), f"{self._directory}")
         return stream.eval()
 
 
@@ -121,7 +121,7 @@ def open_saved_model(directory: str | Path) -> SavedModel:
     """Read a model directory.
 
     Raises:
-        ModelError: a file is missing or damaged, or the format is newer.
+        ModelError: a file is missing or damaged, the format is newer, or the tokenizer is another model's.
     """
     directory = Path(directory)
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
@@ -131,7 +131,7 @@ def open_saved_model(directory: str | Path) -> SavedModel:
             )
     try:
         saved = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        format_version, values = saved["format"], saved["model"]
+        format_version, values = int(saved["format"]), saved["model"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{directory / 'config.json'} is damaged ({error}); copy or train the model again.") from error
     if format_version > FORMAT:
@@ -149,6 +149,11 @@ def open_saved_model(directory: str | Path) -> SavedModel:
         ) from error
     except ConfigError as error:
         raise ModelError(str(error)) from error
+    if tokenizer.vocabulary > config.text_tower.vocabulary:
+        raise ModelError(
+            f"{directory / 'tokenizer.json'} has {tokenizer.vocabulary} word pieces, the text tower "
+            f"{config.text_tower.vocabulary}; copy or train the model again."
+        )
     return SavedModel(directory, config, tokenizer, stored)
 
 
@@ -229,12 +234,14 @@ def _pack(weights: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
     return stored
 
 
-def _unpack(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+def _unpack(stored: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name, value in stored.items():
         if name.endswith(_SCALE) and name.removesuffix(_SCALE) in stored:
             continue
         if value.dtype == torch.int8:
+            if name + _SCALE not in stored:
+                raise ModelError(f"{origin} has no weights for {name + _SCALE}; copy or train the model again.")
             scale = stored[name + _SCALE].float()
             weights[name] = value.float() * scale.view(-1, *[1] * (value.ndim - 1))
         else:

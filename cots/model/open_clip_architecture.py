@@ -67,7 +67,8 @@ def create_open_clip(name: str, image_size: int | None = None) -> nn.Module:
             force_image_size=image_size,
         )
     except Exception as error:  # hub, network and pickle errors of many classes
-        raise ModelError(f"The weights of {name} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ModelError(f"The weights of {name} could not be loaded: {reason}") from error
 
 
 def needs_quick_gelu(name: str) -> bool:

@@ -1,5 +1,6 @@
 """Where models come from: the embedded one, a training output, or open_clip."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ def model_directory(name: str) -> Path:
     """
     if name == "embedded":
         return EMBEDDED_MODEL
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # that of Path raises for a user who does not exist
     for candidate in (path, path / "best"):
         if (candidate / "config.json").is_file():
             return candidate

@@ -23,6 +23,7 @@ that win early get longer weights, win more, and are the only ones that the deco
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -273,7 +274,7 @@ def _directory(name: str) -> Path:
                 "configs/visual_tokenizer.yaml` and name its directory in objective.masked_modeling.visual_tokenizer."
             )
         return EMBEDDED_VISUAL_TOKENIZER
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # that of Path raises for a user who does not exist
     for candidate in (path, path / "best"):
         if (candidate / "config.json").is_file():
             return candidate
@@ -286,7 +287,7 @@ def _read_config(path: Path) -> VisualTokenizerConfig:
         saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if "model" in saved and "visual_tokenizer" not in saved:
             raise ModelError(f"{path.parent} is a model of two towers, not a visual tokenizer; name the tokenizer's.")
-        version, values = saved["format"], saved["visual_tokenizer"]
+        version, values = int(saved["format"]), saved["visual_tokenizer"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} is damaged ({error}); copy or train the visual tokenizer again.") from error
     if version > FORMAT:

@@ -6,6 +6,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from cots.config import ModelConfig
 from cots.errors import ModelError
@@ -114,10 +115,33 @@ def test_damaged_and_foreign_directories_are_refused_with_a_sentence(tiny_model_
         load_model(str(foreign))
 
     newer = _copy(tiny_model_dir, tmp_path / "newer")
-    config["format"] = 99
-    (newer / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="newer than this version"):
-        load_model(str(newer))
+    for version, message in ((99, "newer than this version"), ("new", r"config\.json is damaged"), (None, "damaged")):
+        config["format"] = version
+        (newer / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ModelError, match=message):
+            load_model(str(newer))
+
+
+def test_a_quantised_matrix_without_its_scale_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    encoder, tokenizer, _ = read_model(tiny_model_dir)
+    save_model(tmp_path, encoder, tokenizer, weights_dtype="int8")
+    weights = load_file(tmp_path / "model.safetensors")
+    scale = next(name for name in weights if name.startswith("text_") and name.endswith(".scale"))
+    del weights[scale]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=f"{tmp_path} has no weights for {scale}"):
+        load_model(str(tmp_path))
+
+
+def test_a_tokenizer_of_more_words_than_the_text_tower_has_is_refused(
+    tiny_model_dir: Path, vocabulary_file: Path, tmp_path: Path
+) -> None:
+    mixed = _copy(tiny_model_dir, tmp_path / "mixed")
+    words = tmp_path / "vocab.txt"
+    words.write_text(vocabulary_file.read_text() + "".join(f"word{number}\n" for number in range(100)))
+    (mixed / "tokenizer.json").write_text(WordPieceTokenizer.from_file(words, 16).to_json())
+    with pytest.raises(ModelError, match=r"tokenizer\.json has \d+ word pieces, the text tower 128; copy or train"):
+        load_model(str(mixed))
 
 
 def test_unknown_names_say_what_would_do(tmp_path: Path) -> None:
@@ -129,6 +153,12 @@ def test_unknown_names_say_what_would_do(tmp_path: Path) -> None:
         load_model("open_clip:Nonesuch/tag")
     with pytest.raises(ModelError, match="open_clip has no weights 'nonesuch'"):
         load_model("open_clip:ViT-B-32/nonesuch")
+    with pytest.raises(ModelError, match="There is no model '~nonesuch/model'"):
+        load_model("~nonesuch/model")
+    empty = tmp_path / "empty.pt"
+    empty.touch()
+    with pytest.raises(ModelError, match=r"weights of open_clip:ViT-B-32/.*empty\.pt could not be loaded: EOFError"):
+        load_model(f"open_clip:ViT-B-32/{empty}")
 
 
 def test_an_open_clip_model_embeds_as_open_clip_does(

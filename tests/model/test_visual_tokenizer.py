@@ -161,6 +161,8 @@ def test_damaged_directories_are_named(tmp_path: Path) -> None:
             load_visual_tokenizer(str(tmp_path / "t"))
 
     fails("There is no directory .*t; use `embedded`, or what `cots pretrain configs/visual_tokenizer.yaml` wrote")
+    with pytest.raises(ModelError, match="There is no directory ~nonesuch/t"):
+        load_visual_tokenizer("~nonesuch/t")
     (tmp_path / "t").mkdir()
     fails("holds no visual tokenizer")
     save_visual_tokenizer(tmp_path / "t", _tokenizer())
@@ -175,6 +177,8 @@ def test_damaged_directories_are_named(tmp_path: Path) -> None:
     fails("config.json is damaged")
     config_file.write_text(config.replace('"format": 1', '"format": 9'))
     fails("format 9, newer than this version reads")
+    config_file.write_text(config.replace('"format": 1', '"format": "new"'))
+    fails("config.json is damaged")
     config_file.write_text(config.replace('"codebook_size": 50', '"codebook_size": 51'))
     fails(r"codes is \(50, 8\), the model needs \(51, 8\): it is of another architecture")
     config_file.write_text(config.replace('"blocks"', '"block"'))
