@@ -13,6 +13,7 @@ _RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "nearest": Image.Resampling.NEAREST,
 }
+_LONGEST = 32  # times the shorter side, of a picture that is scaled whole; scaling a part may round otherwise
 
 
 class SquareTransform:
@@ -29,10 +30,15 @@ class SquareTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         scaled, (left, top) = self.geometry(*image.size)
+        right, bottom = left + self.size, top + self.size
+        if max(scaled) > _LONGEST * self.size:  # what is cut off would take memory in proportion to the aspect
+            across, down = image.width / scaled[0], image.height / scaled[1]
+            box = (left * across, top * down, min(right * across, image.width), min(bottom * down, image.height))
+            return _pixels(image.resize((self.size, self.size), _RESAMPLING[self.interpolation], box))
         resized = image.resize(scaled, _RESAMPLING[self.interpolation])
         if scaled == (self.size, self.size):
             return _pixels(resized)
-        return _pixels(resized.crop((left, top, left + self.size, top + self.size)))
+        return _pixels(resized.crop((left, top, right, bottom)))
 
     def geometry(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """The width and height that a picture is scaled to, and the left upper corner of the square in that."""

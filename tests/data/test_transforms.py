@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +27,26 @@ def test_crop_is_torchvisions_resize_and_center_crop(size: tuple[int, int], inte
     picture = _noise(*size)
     theirs = v2.Compose([v2.Resize(64, MODES[interpolation]), v2.CenterCrop(64)])(picture)
     assert torch.equal(SquareTransform(64, "crop", interpolation)(picture), F.pil_to_tensor(theirs))
+
+
+@pytest.mark.parametrize("interpolation", MODES)
+@pytest.mark.parametrize("size", [(2000, 3), (1500, 5), (7, 300), (3301, 100), (41, 1600)])
+def test_crop_of_a_long_picture_is_that_of_the_whole_scaled(size: tuple[int, int], interpolation: str) -> None:
+    picture, square = _noise(*size), SquareTransform(64, "crop", interpolation)
+    scaled, (left, top) = square.geometry(*size)
+    whole = picture.resize(scaled, Image.Resampling[interpolation.upper()]).crop((left, top, left + 64, top + 64))
+    assert (square(picture).int() - F.pil_to_tensor(whole).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1)])
+def test_crop_of_a_line_takes_little_memory(size: tuple[int, int]) -> None:
+    script = (
+        "import resource; from PIL import Image; from cots.data.square_transform import SquareTransform; "
+        f"resource.setrlimit(resource.RLIMIT_DATA, (2 * 2**30, 2 * 2**30)); "
+        f"print(SquareTransform(256, 'crop')(Image.new('RGB', {size}, 'teal'))[:, 0, 0].tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "[0, 128, 128]\n", done.stderr
 
 
 @pytest.mark.parametrize("size", SIZES)
