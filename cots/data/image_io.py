@@ -148,7 +148,7 @@ def _deep_to_rgb(image: Image.Image) -> Image.Image:
     low, high = float(values.min()), float(values.max())
     top = 1.0 if image.mode == "F" else 65535.0
     if low < 0.0 or high > top:
-        values, top = values - low, high - low
+        values, top = values - low, (high - low) or 1.0
     return Image.fromarray((values * (255.0 / top) + 0.5).astype(np.uint8)).convert("RGB")
 
 

@@ -107,6 +107,11 @@ def test_floats(low: float, high: float, encode: Encode) -> None:
     assert np.all(np.diff(opened.ravel().astype(int)) >= 0)
 
 
+def test_one_value_outside_the_range(encode: Encode) -> None:
+    for picture in (Image.new("F", (4, 4), 5.0), Image.new("F", (4, 4), -1.0), Image.new("I", (4, 4), 100_000)):
+        assert open_image(encode(picture, "TIFF")).getcolors() == [(16, (0, 0, 0))]
+
+
 def test_one_bit_and_grey(photo: Image.Image, encode: Encode) -> None:
     assert set(np.unique(np.asarray(open_image(encode(photo.convert("1"), "PNG"))))) == {0, 255}
     assert difference(open_image(encode(photo.convert("L"), "PNG")), photo.convert("L")) == 0
