@@ -12,8 +12,9 @@ from PIL import Image
 Kind = Literal["image", "video"]
 
 IMAGE_EXTENSIONS = frozenset(
-    {"apng", "avif", "bmp", "dds", "dib", "gif", "heic", "heif", "ico", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg"}
-    | {"jpx", "pbm", "pcx", "pgm", "png", "pnm", "ppm", "psd", "qoi", "sgi", "tga", "tif", "tiff", "webp"}
+    {"apng", "avif", "bmp", "dds", "dib", "gif", "heic", "heif", "icns", "ico", "j2c", "j2k", "jfif", "jp2", "jpc"}
+    | {"jpe", "jpeg", "jpf", "jpg", "jpx", "mpo", "pbm", "pcx", "pfm", "pgm", "png", "pnm", "ppm", "psd", "qoi", "ras"}
+    | {"sgi", "tga", "tif", "tiff", "webp", "xbm", "xpm"}
 )
 VIDEO_EXTENSIONS = frozenset(
     {"3g2", "3gp", "asf", "avi", "divx", "flv", "h264", "hevc", "m2ts", "m2v", "m4v", "mkv", "mov", "mp4", "mpeg"}

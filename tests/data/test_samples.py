@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,6 +80,29 @@ def test_kind_is_told_by_content(
             open_image(sample.media())
         else:
             assert len(read_frames(sample.media(), count=3).images) == 3
+
+
+def test_a_folder_gives_pictures_of_rarer_formats(encode: Encode, photo: Image.Image, tmp_path: Path) -> None:
+    contents = {
+        "jpc": encode(photo, "JPEG2000", no_jp2=True),
+        "jpf": encode(photo, "JPEG2000"),
+        "mpo": encode(photo, "MPO", save_all=True, append_images=[photo]),
+        "icns": encode(photo.resize((64, 64)), "ICNS"),
+        "xbm": encode(photo.convert("1"), "XBM"),
+        "pfm": encode(photo.convert("F"), "PPM"),
+        # width, height, bits, bytes, kind and no palette; two pixels
+        "ras": struct.pack(">8I", 0x59A66A95, 2, 1, 24, 6, 1, 0, 0) + bytes(6),
+        "xpm": b'/* XPM */\nstatic char *a[] = {\n"1 1 1 1",\n"x c #ff0000",\n"x"\n};\n',
+    }
+    contents["j2c"] = contents["jpc"]
+    for extension, content in contents.items():
+        (tmp_path / f"a.{extension}").write_bytes(content)
+    samples, errors = collect(tmp_path)
+    assert errors == []
+    assert names(samples, tmp_path) == sorted(f"a.{extension}" for extension in contents)
+    for sample in samples:
+        assert sample.kind == "image"
+        open_image(sample.media())
 
 
 def test_bad_files_are_named_and_the_rest_goes_on(picture: bytes, tmp_path: Path) -> None:
