@@ -72,7 +72,7 @@ class DeviceAugmentation:
 
     def _operation(self, draws: Tensor, operation: int) -> Tensor:
         """One of five geometric operations a picture, with torchvision's ranges at the configured magnitude."""
-        place = 6 + 2 * (operation % 4)
+        place = 6 + 2 * operation  # to 13, for the configuration allows four
         kind = (5 * draws[:, place]).long()
         strength = (2 * draws[:, place + 1] - 1).sign() * self.config.rand_augment_magnitude / 30
         zero, one = torch.zeros_like(strength), torch.ones_like(strength)
