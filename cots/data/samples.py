@@ -331,7 +331,7 @@ def _from_pair(shard: str, parts: dict[str, Member], mtime: float, on_error: OnE
     captions: tuple[str, ...] = ()
     fields: dict[str, Any] = {}
     try:
-        texts = {
+        texts: dict[str, bytes] = {
             name: read_span(shard, parts[name].offset, parts[name].size) for name in ("json", "txt") if name in parts
         }
         captions, fields = read_captions(texts)
