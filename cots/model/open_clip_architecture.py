@@ -67,8 +67,25 @@ def create_open_clip(name: str, image_size: int | None = None) -> nn.Module:
             force_image_size=image_size,
         )
     except Exception as error:  # hub, network and pickle errors of many classes
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ModelError(f"The weights of {name} could not be loaded: {reason}") from error
+        raise ModelError(f"The weights of {name} could not be loaded: {_first_line(error)}") from error
+
+
+def open_clip_tokenizer(name: str) -> Any:
+    """open_clip's own tokenizer of `open_clip:ARCH/TAG`: sentences -> (B, L) int64.
+
+    Raises:
+        ModelError: it cannot be loaded.
+        MissingDependency: open_clip is not installed.
+    """
+    open_clip = import_open_clip()
+    try:
+        return open_clip.get_tokenizer(name.removeprefix(OPEN_CLIP).partition("/")[0])
+    except Exception as error:  # those of other architectures are fetched, with errors of many classes
+        raise ModelError(f"The tokenizer of {name} could not be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def needs_quick_gelu(name: str) -> bool:

@@ -11,7 +11,7 @@ from cots.data.square_transform import SquareTransform
 from cots.errors import ModelError
 from cots.model.caption_tokenizer import without_surrogates
 from cots.model.model_directory import fingerprint_of
-from cots.model.open_clip_architecture import OPEN_CLIP, create_open_clip, import_open_clip
+from cots.model.open_clip_architecture import OPEN_CLIP, create_open_clip, import_open_clip, open_clip_tokenizer
 from cots.model.retrieval_model import RetrievalModel, half_precision
 from cots.onednn import bfloat16_is_quicker, quick_linears
 
@@ -29,7 +29,7 @@ class OpenClipModel(RetrievalModel):
         model: Any = create_open_clip(name)  # any: open_clip's classes share their methods, but no base
         architecture = name.removeprefix(OPEN_CLIP).partition("/")[0]
         self._model = model.eval().to(device)
-        self._tokenizer = open_clip.get_tokenizer(architecture)
+        self._tokenizer = open_clip_tokenizer(name)
         preprocess = open_clip.get_model_preprocess_cfg(model)
         size = preprocess["size"][0] if isinstance(preprocess["size"], (tuple, list)) else preprocess["size"]
         resize = {"shortest": "crop", "squash": "squash"}.get(preprocess["resize_mode"])

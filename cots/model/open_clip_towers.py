@@ -51,9 +51,12 @@ class OpenClipImageTower(GridTower):
                 f"{config.name}; {config.image_size - config.image_size % self.stride} would be."
             )
         # any: a private builder, but the only one of a single tower
-        self.trunk: Any = open_clip.model._build_vision_tower(
-            architecture["embed_dim"], vision, architecture.get("quick_gelu", False)
-        )
+        try:
+            self.trunk: Any = open_clip.model._build_vision_tower(
+                architecture["embed_dim"], vision, architecture.get("quick_gelu", False)
+            )
+        except (TypeError, ValueError, AssertionError) as error:
+            raise ConfigError(f"open_clip cannot build {config.name} with {config.architecture}: {error}.") from error
         self.trunk.proj = None
         self.trunk.output_tokens = True
         self.width = self.trunk.ln_post.normalized_shape[0]

@@ -128,6 +128,11 @@ def test_a_text_tower_of_open_clip_needs_no_vocabulary(open_clip_checkpoint: Pat
     [
         (OpenClipImageTower, {"name": "open_clip:Nonesuch"}, "no architecture 'open_clip:Nonesuch'"),
         (OpenClipImageTower, {"name": "open_clip:RN50"}, "no plain vision transformer"),
+        (
+            OpenClipImageTower,
+            {"name": "open_clip:cots-test-tiny", "image_size": 32, "architecture": {"depth": 3}},
+            r"open_clip cannot build .*cots-test-tiny with \{'depth': 3\}: .*'depth'",
+        ),
         (OpenClipImageTower, {"name": "open_clip:cots-test-tiny", "image_size": 36}, "32 would be"),
         (OpenClipTextTower, {"name": "open_clip:ViT-B-16-SigLIP"}, "not CLIP's own"),
         (OpenClipTextTower, {"name": "open_clip:cots-test-tiny", "max_length": 80}, "80 exceeds the 77 positions"),

@@ -161,6 +161,17 @@ def test_unknown_names_say_what_would_do(tmp_path: Path) -> None:
         load_model(f"open_clip:ViT-B-32/{empty}")
 
 
+def test_an_open_clip_model_whose_tokenizer_cannot_be_had_is_refused_with_a_sentence(
+    open_clip_checkpoint: Path, tmp_path: Path
+) -> None:
+    architecture = open_clip.get_model_config("cots-test-tiny")
+    architecture["text_cfg"]["hf_tokenizer_name"] = "nonesuch/nonesuch"  # there is no network
+    (tmp_path / "cots-test-foreign.json").write_text(json.dumps(architecture))
+    open_clip.add_model_config(tmp_path / "cots-test-foreign.json")
+    with pytest.raises(ModelError, match=r"The tokenizer of open_clip:cots-test-foreign/.* could not be loaded: \w+"):
+        load_model(f"open_clip:cots-test-foreign/{open_clip_checkpoint}", device="cpu")
+
+
 def test_an_open_clip_model_embeds_as_open_clip_does(
     open_clip_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
