@@ -89,12 +89,17 @@ class PlainSelfAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """(B, L, C), three times the same, and what is added to the scores (L, L) -> (B, L, C), and no weights."""
+        """(B, L, C), three times the same, and what is added to the scores -> (B, L, C), and no weights.
+
+        It is (L, L), or (B * heads, L, L) of a CoCa, whose texts end in a token that does not see their padding.
+        """
         assert key is query
         assert value is query
         assert not need_weights
         batch, length, width = query.shape
         joined = F.linear(query, self.weight, self.bias).view(batch, length, 3, self.heads, width // self.heads)
         asked, keys, values = joined.permute(2, 0, 3, 1, 4).unbind(0)
+        if attn_mask is not None and attn_mask.ndim == 3:
+            attn_mask = attn_mask.view(batch, self.heads, length, length)
         attended = F.scaled_dot_product_attention(asked, keys, values, attn_mask=attn_mask)
         return self.output(attended.transpose(1, 2).reshape(batch, length, width)), None

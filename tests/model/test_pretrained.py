@@ -172,6 +172,22 @@ def test_an_open_clip_model_whose_tokenizer_cannot_be_had_is_refused_with_a_sent
         load_model(f"open_clip:cots-test-foreign/{open_clip_checkpoint}", device="cpu")
 
 
+def test_several_texts_of_a_coca_embed_as_open_clip_does(open_clip_checkpoint: Path, tmp_path: Path) -> None:
+    """Its attention has a mask of its own for every text and head."""
+    architecture = open_clip.get_model_config("cots-test-tiny")
+    architecture["text_cfg"]["embed_cls"] = True
+    (tmp_path / "cots-test-coca.json").write_text(json.dumps({**architecture, "custom_text": True}))
+    open_clip.add_model_config(tmp_path / "cots-test-coca.json")
+    torch.manual_seed(0)
+    reference = open_clip.create_model("cots-test-coca").eval()
+    torch.save(reference.state_dict(), tmp_path / "weights.pt")
+    texts = ["a red car", "two dogs run on the beach", "snow"]
+    with torch.inference_mode():
+        theirs = reference.encode_text(open_clip.get_tokenizer("cots-test-coca")(texts), normalize=True)
+    model = load_model(f"open_clip:cots-test-coca/{tmp_path / 'weights.pt'}", device="cpu")
+    assert torch.allclose(model.encode_texts(texts), theirs, atol=1e-5)
+
+
 def test_an_open_clip_model_embeds_as_open_clip_does(
     open_clip_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
