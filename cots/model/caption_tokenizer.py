@@ -67,17 +67,24 @@ class WordPieceTokenizer(CaptionTokenizer):
         """Read a `tokenizer.json`, or a BERT `vocab.txt` (taken as uncased).
 
         Raises:
-            ConfigError: the file is missing or no tokenizer.
+            ConfigError: the file is missing or no tokenizer, or one that puts no [CLS] before a caption.
         """
         path = Path(path)
         if not path.is_file():
             raise ConfigError(f"The tokenizer {path} does not exist; give a WordPiece tokenizer.json or vocab.txt.")
         try:
             if path.suffix == ".txt":
-                return cls(BertWordPieceTokenizer(str(path), lowercase=True)._tokenizer, max_length)
-            return cls(Tokenizer.from_file(str(path)), max_length)
+                tokenizer = BertWordPieceTokenizer(str(path), lowercase=True)._tokenizer
+            else:
+                tokenizer = Tokenizer.from_file(str(path))
+            found = cls(tokenizer, max_length)
         except Exception as error:  # tokenizers raises bare Exception
             raise ConfigError(f"The tokenizer {path} cannot be read: {error}.") from error
+        if not tokenizer.num_special_tokens_to_add(False):
+            raise ConfigError(
+                f"The tokenizer {path} puts no [CLS] before a caption; save it with BERT's post-processor."
+            )
+        return found
 
     @property
     def mask_id(self) -> int:

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cots.config import ModelConfig
-from cots.errors import ModelError
+from cots.errors import ConfigError, ModelError
 from cots.model import open_clip_model
 from cots.model.caption_tokenizer import WordPieceTokenizer
 from cots.model.dual_encoder import DualEncoder
@@ -32,6 +32,15 @@ def test_a_text_embeds_the_same_alone_and_in_a_batch_with_a_longer_one(tiny_mode
     alone = tiny_model.encode_texts(["a red car"])
     together = tiny_model.encode_texts(["a red car", "two people stand in the water with a dog and a white ball"])
     assert torch.allclose(alone[0], together[0], atol=1e-5)
+
+
+def test_a_tokenizer_that_frames_no_caption_is_refused(vocabulary_file: Path, tmp_path: Path) -> None:
+    """The tower would pool the first word for [CLS], and find none in an empty caption."""
+    bare = json.loads(WordPieceTokenizer.from_file(vocabulary_file, 16).to_json())
+    bare["post_processor"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(bare))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json puts no \[CLS\] before a caption; .* post-processor"):
+        WordPieceTokenizer.from_file(tmp_path / "tokenizer.json", 16)
 
 
 @pytest.mark.parametrize("name", ["tiny", "open_clip"])
