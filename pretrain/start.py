@@ -76,7 +76,7 @@ def starting_encoder(config: PretrainConfig, tokenizer: CaptionTokenizer) -> Dua
             f"The tokenizer has {tokenizer.vocabulary} word pieces, the text tower "
             f"{config.model.text_tower.vocabulary}; set model.text_tower.vocabulary."
         )
-    encoder, start = _random_encoder(config), config.start
+    encoder, start = DualEncoder(config.model), config.start
     if start.model:
         load_weights(encoder, _model_weights(config, encoder), start.model)
     if start.image_tower:
@@ -89,18 +89,6 @@ def starting_encoder(config: PretrainConfig, tokenizer: CaptionTokenizer) -> Dua
             raise ConfigError(f"start.text_tower is for BERT, not {config.model.text_tower.name}.")
         load_weights(encoder.text_tower.bert, _bert_weights(config), start.text_tower)
     return encoder
-
-
-def _random_encoder(config: PretrainConfig) -> DualEncoder:
-    try:
-        return DualEncoder(config.model)
-    except AssertionError as error:  # timm's, of the size of the pictures
-        image = config.model.image_tower
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise ConfigError(
-            f"{image.name} does not take pictures of {image.image_size} px ({reason}); set "
-            "model.image_tower.image_size, or what it needs in model.image_tower.architecture."
-        ) from error
 
 
 def _model_weights(config: PretrainConfig, encoder: DualEncoder) -> dict[str, Tensor]:
