@@ -208,7 +208,7 @@ class PyAVVideo:
         """
         index = 0
         failed: deque[int] = deque()  # numbers of packets
-        shown: list[int] = []  # those of frames, since the last keyframe
+        shown: list[int] = []  # those of frames, since the last keyframe, where there are B-frames
         for number, packet in enumerate(self._packets()):
             if packet is not None:
                 packet.pts = number  # its frame brings it along
@@ -222,10 +222,11 @@ class PyAVVideo:
                     index += 1
                 if not self._stream.codec_context.has_b_frames:
                     index = own
-                elif frame.key_frame:
-                    index = own + sum(other > own for other in shown)
-                    shown = []
-                shown.append(own)
+                else:
+                    if frame.key_frame:
+                        index = own + sum(other > own for other in shown)
+                        shown = []
+                    shown.append(own)
                 if not frame.is_corrupt:
                     yield index, frame
                 index += 1
