@@ -7,6 +7,8 @@ the configuration.
 
 import errno
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,28 @@ _CANNOT_WRITE = {
 }  # fmt: skip
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C takes effect afterwards: torch.save would hide it behind an error about places in its file."""
+    if threading.current_thread() is not threading.main_thread():  # no signal interrupts another one
+        yield
+        return
+    received = False
+
+    def hold(*_: object) -> None:
+        nonlocal received
+        received = True
+
+    before = signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if received:
+            signal.raise_signal(signal.SIGINT)
+
+
+@_interrupts_held()
 def save_checkpoint(run: Path, state: dict[str, Any], step: int, keep: int) -> Path:
     """Write checkpoints/step-N.pt through a temporary file and remove all but the last `keep`, and broken-off ones."""
     directory = run / "checkpoints"

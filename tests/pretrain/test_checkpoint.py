@@ -1,4 +1,7 @@
+import signal
+import threading
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -51,6 +54,29 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(tmp_path: P
     newest = latest_checkpoint(tmp_path)
     assert newest is not None
     assert read_checkpoint(newest) == {"step": 1}
+
+
+def test_ctrl_c_waits_until_a_checkpoint_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = torch.save
+
+    def interrupted(state: dict, file: BinaryIO) -> None:
+        signal.raise_signal(signal.SIGINT)
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, {"step": 3}, 3, keep=2)
+    assert signal.getsignal(signal.SIGINT) is before
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert read_checkpoint(found) == {"step": 3}
+    assert list(found.parent.iterdir()) == [found]
+    monkeypatch.undo()
+    thread = threading.Thread(target=save_checkpoint, args=(tmp_path, {"step": 4}, 4, 2))  # sees no signals
+    thread.start()
+    thread.join()
+    assert latest_checkpoint(tmp_path) != found
 
 
 def test_a_file_elsewhere_that_is_gone_is_no_fault_of_the_output(tmp_path: Path) -> None:
