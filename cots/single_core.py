@@ -22,8 +22,13 @@ def single_core_threads(count: int, name: str) -> ThreadPoolExecutor:
         started.wait()
 
     pool = ThreadPoolExecutor(count, thread_name_prefix=name)
-    for _ in range(count):
-        pool.submit(start)
-    started.wait()
-    torch.set_num_threads(cores)
+    try:
+        for _ in range(count):
+            pool.submit(start)
+        started.wait()
+    except BaseException:
+        started.abort()  # else those that have begun wait for the others for ever, and the end of the program for them
+        raise
+    finally:
+        torch.set_num_threads(cores)
     return pool
