@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cots.data.samples import Entry, Sample, each_once, entries, holds_many, samples_of
 from cots.errors import MediaError
-from index.interrupts import interrupts_blocked
+from index.interrupts import end_with_parent, interrupts_blocked
 
 FILES = 256  # of a job
 FEWEST_JOBS = 8  # fewer are done sooner than processes are there
@@ -65,7 +65,8 @@ def _listed(jobs: Iterator[Job], on_error: Callable[[MediaError], None], process
             on_error(MediaError(path, reason))
         yield from samples
 
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    # a pool's processes wait for jobs at a pipe that they hold open themselves, also when this one has been killed
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         for job in chain(first, jobs):
             if len(running) == AHEAD * processes:
                 yield from settle()

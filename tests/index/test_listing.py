@@ -1,6 +1,9 @@
 """Listing by several processes gives what listing by one gives."""
 
+import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +47,37 @@ def test_errors_of_sources_come_out_of_the_processes(sources: list[Path], tmp_pa
         listed.extend(list_samples([*sources, tmp_path / "bad.csv"], print, 2))
     with pytest.raises(SourceError, match="there is no file or folder"):
         listed.extend(list_samples([tmp_path / "nothing"], print, 2))
+
+
+# Told to end while its processes wait for more to do.
+LIST = """
+import sys
+from index import listing
+listing.FILES = 1
+if __name__ == "__main__":
+    samples = listing.list_samples(sys.argv[1:], print, 2)
+    next(samples)
+    print("listing", file=sys.stderr, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_a_listing_that_is_killed(tmp_path: Path, end: signal.Signals) -> None:
+    for number in range(40):
+        write_picture(tmp_path / "photos" / f"{number:03}.png", number, size=12)
+    (tmp_path / "list.py").write_text(LIST)
+    command = [sys.executable, str(tmp_path / "list.py"), str(tmp_path / "photos")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "listing\n"
+        process.send_signal(end)
+        try:
+            process.communicate(timeout=60)  # until the last process that could write to its stderr has ended
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert process.returncode == -end
