@@ -36,7 +36,7 @@ def by_pillow(picture: Image.Image, square: SquareTransform, orientation: int) -
     return square(open_image(file.getvalue()))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     width=st.integers(8, 700),
     height=st.integers(8, 700),

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from torchmetrics.retrieval import RetrievalHitRate, RetrievalMAP, RetrievalMRR
@@ -103,7 +103,6 @@ def test_the_median_is_numpys(values: list[int]) -> None:
     assert median(torch.tensor(values)) == np.median(values)
 
 
-@settings(deadline=None)
 @given(problems())
 def test_ranks_and_precision_are_those_of_the_definitions(problem: tuple[np.ndarray, np.ndarray]) -> None:
     scores, relevance = problem
@@ -113,7 +112,6 @@ def test_ranks_and_precision_are_those_of_the_definitions(problem: tuple[np.ndar
     assert ours.precision.tolist() == pytest.approx(precisions)
 
 
-@settings(deadline=None)
 @given(problems(), st.integers(0, 2**32))
 def test_what_must_not_matter_does_not(problem: tuple[np.ndarray, np.ndarray], seed: int) -> None:
     """The order of the candidates, a rising function of the scores, and candidates that score below all others."""

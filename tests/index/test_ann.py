@@ -48,7 +48,7 @@ def assert_right(index: AnnIndex, vectors: np.ndarray, queries: np.ndarray, k: i
 
 
 @BY_KIND
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     count=st.integers(1, 400),
     dimension=st.sampled_from([3, 7, 16, 32]),

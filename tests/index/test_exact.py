@@ -26,7 +26,7 @@ def brute_force(vectors: np.ndarray, query: np.ndarray, k: int, allowed: np.ndar
 
 
 @BLOCKS
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     count=st.integers(0, 300),
     dimension=st.integers(1, 40),

@@ -47,7 +47,7 @@ def interpreted_passes(kernel: str, dimension: int) -> Passes:
     return TritonPasses(width, 2, 2**20, few=(shape,), some=(shape,), many=(shape,))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     count=st.integers(0, 2000),
     dimension=st.sampled_from([1, 7, 16, 48, 300]),
@@ -65,7 +65,7 @@ def test_hits_are_those_of_brute_force(
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     count=st.integers(0, 2000),
     queries=st.integers(1, 4),
@@ -96,7 +96,7 @@ def test_blocks_are_found_through_their_groups() -> None:
         assert_exact(index, vectors, queries, k, rng.random(len(vectors)) < 0.5)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     sizes=st.lists(st.integers(0, 400), min_size=1, max_size=5),
     share=SHARES,
@@ -252,7 +252,7 @@ def test_the_kernels_in_the_interpreter() -> None:
 
 @interpreted
 @pytest.mark.parametrize("kernel", KERNELS)
-@settings(deadline=None, max_examples=4)
+@settings(max_examples=4)
 @given(
     count=st.integers(130, 350),
     dimension=st.sampled_from([16, 48, 64]),
