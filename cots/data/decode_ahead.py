@@ -3,7 +3,7 @@
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -94,6 +94,7 @@ class MediaDecoder:
             self._readers = FileReaders(PROCESSES, BYTES_A_GPU_JOB, partial(pin, device=gpu_jpegs.device))
         self._stopwatch = stopwatch
         self._workers = workers
+        self._over = False  # nobody wants what is still being decoded
         # An image in flight counts 1, a video as many as there are images in flight for each worker: so there are
         # never more than a few batches of pictures, or a few videos' frames, in memory.
         self._room = 2 * max(batch_size, 16) + workers
@@ -107,6 +108,7 @@ class MediaDecoder:
         in_flight: deque[tuple[int, _Job, int]] = deque()
         used = 0
         jpegs = _Job()
+        self._over = False
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
 
         def started(job: _Job) -> "Future[list[Outcome]]":
@@ -136,6 +138,7 @@ class MediaDecoder:
                 _, job, place = in_flight.popleft()
                 yield started(job).result()[place]
         finally:
+            self._over = True
             pool.shutdown(wait=True, cancel_futures=True)
             self._readers.close()
 
@@ -178,10 +181,15 @@ class MediaDecoder:
         return Decoded(sample, pixels, (), digest_of(content), width, height, None)
 
     def _decode_video(self, sample: Sample) -> Decoded:
-        frames = self._frames.read(sample, self._square.size)
+        frames = self._frames.read(sample, self._square.size, self._break_off_if_over)
         pixels = torch.stack([self._square(image) for image in frames.images])
         info, times = frames.info, tuple(frames.times)
         return Decoded(sample, pixels, times, content_hash(sample), info.width, info.height, frames.duration)
+
+    def _break_off_if_over(self) -> None:
+        """Else Ctrl-C, or the error that ends a run, would wait until a film has been decoded."""
+        if self._over:
+            raise CancelledError
 
 
 class _PixelBudget:

@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +19,12 @@ def reads(container: str) -> bool:
 
 
 def decode(
-    source: str | Path | bytes, indices: Sequence[int], size: tuple[int, int], frames: int, threads: int
+    source: str | Path | bytes,
+    indices: Sequence[int],
+    size: tuple[int, int],
+    frames: int,
+    threads: int,
+    heed: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, Image.Image]]:
     """The frames of ascending `indices`, rotated upright and scaled to (width, height).
 
@@ -27,6 +32,7 @@ def decode(
 
     Args:
         frames: how many frames the file holds by its packets.
+        heed: called before each few frames; see `read_frames`.
 
     Raises:
         RuntimeError: decord cannot read the file, or counts its frames differently.
@@ -44,6 +50,7 @@ def decode(
     if len(reader) != frames:
         raise RuntimeError(f"decord counts {len(reader)} frames, FFmpeg's packets are {frames}")
     for start in range(0, len(indices), _CHUNK):
+        heed()
         chunk = list(indices[start : start + _CHUNK])
         for index, pixels in zip(chunk, reader.get_batch(chunk).asnumpy(), strict=True):
             yield index, Image.fromarray(pixels)

@@ -1,5 +1,6 @@
 """Which frames of a video are embedded."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cots.data.samples import Sample
@@ -20,15 +21,17 @@ class FrameSampling:
     count: int | None = None
     until: float | None = None
 
-    def read(self, sample: Sample, short_side: int) -> Frames:
-        """Decode the frames of a video.
+    def read(self, sample: Sample, short_side: int, heed: Callable[[], None] = lambda: None) -> Frames:
+        """Decode the frames of a video; `heed` as `read_frames`.
 
         Raises:
             MediaError, MissingDependency: as `read_frames`.
         """
-        return self.read_media(sample.media(), short_side, sample.path)
+        return self.read_media(sample.media(), short_side, sample.path, heed)
 
-    def read_media(self, media: str | bytes, short_side: int, name: str) -> Frames:
+    def read_media(
+        self, media: str | bytes, short_side: int, name: str, heed: Callable[[], None] = lambda: None
+    ) -> Frames:
         """The same of a file's path or its bytes."""
         if self.count is None:
             return read_frames(
@@ -38,12 +41,13 @@ class FrameSampling:
                 max_frames=MAX_FRAMES,
                 short_side=short_side,
                 name=name,
+                heed=heed,
             )
         if self.until is None:
-            return read_frames(media, count=self.count, short_side=short_side, name=name)
+            return read_frames(media, count=self.count, short_side=short_side, name=name, heed=heed)
         duration = min(probe(media, name=name).duration, self.until)
         times = uniform_times(duration, self.count).tolist()
-        return read_frames(media, times=times, short_side=short_side, name=name)
+        return read_frames(media, times=times, short_side=short_side, name=name, heed=heed)
 
 
 EVERY_SECOND = FrameSampling()

@@ -3,7 +3,7 @@
 import bisect
 import io
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,14 @@ class PyAVVideo:
         MissingDependency: PyAV is not installed.
     """
 
-    def __init__(self, source: str | Path | bytes, name: str, max_pixels: int, threads: int) -> None:
+    def __init__(
+        self,
+        source: str | Path | bytes,
+        name: str,
+        max_pixels: int,
+        threads: int,
+        heed: Callable[[], None] = lambda: None,
+    ) -> None:
         try:
             import av
         except ImportError as error:
@@ -67,6 +74,7 @@ class PyAVVideo:
         self._name = name
         self._max_pixels = max_pixels
         self._threads = threads
+        self._heed = heed  # at every packet
         self.intact = True
         self._open()
         try:
@@ -257,6 +265,7 @@ class PyAVVideo:
                 if packet.is_corrupt:
                     self.intact = False
                 elif packet.size:
+                    self._heed()
                     yield packet
         except self._errors:
             self.intact = False

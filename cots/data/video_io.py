@@ -9,7 +9,7 @@ that does not decode is left out: no other frame and no blank one stands in for 
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
@@ -61,6 +61,7 @@ def read_frames(
     name: str = "",
     threads: int = 1,
     max_pixels: int = MAX_FRAME_PIXELS,
+    heed: Callable[[], None] = lambda: None,
 ) -> Frames:
     """Decode the frames at some times of a video. Exactly one of `times`, `count`, `interval` and `shares` is given.
 
@@ -76,6 +77,7 @@ def read_frames(
         name: what errors call the video; the path when empty.
         threads: decoding threads.
         max_pixels: the largest width x height of a frame that is accepted.
+        heed: called again and again meanwhile, for a film takes minutes; may raise to break off.
 
     Returns:
         At least one frame. Frames that do not decode are missing from both lists.
@@ -88,14 +90,14 @@ def read_frames(
     if sum(choice is not None for choice in (times, count, interval, shares)) != 1:
         raise ValueError("give exactly one of times, count, interval and shares")
     name = name or _name(path)
-    with closing(_open(path, name, threads, max_pixels)) as video:
+    with closing(_open(path, name, threads, max_pixels, heed)) as video:
         duration = video.info.duration
         if shares is not None:
             times = np.asarray(shares, np.float64) * duration
         asked = _asked(duration, times, count, interval, min_frames, max_frames)
         wanted = np.clip(np.searchsorted(video.starts, asked + 1e-6, side="right") - 1, 0, None)
         indices = sorted(set(wanted.tolist()))
-        pictures = _decode(video, path, indices, shown_size(video.info, short_side), threads)
+        pictures = _decode(video, path, indices, shown_size(video.info, short_side), threads, heed)
         if not pictures:
             raise MediaError(name, f"none of the {len(indices)} frames asked for can be decoded")
         kept = [(time, pictures[index]) for time, index in zip(asked.tolist(), wanted.tolist()) if index in pictures]
@@ -146,12 +148,17 @@ def _asked(
 
 
 def _decode(
-    video: Animation | PyAVVideo, source: str | Path | bytes, indices: list[int], size: tuple[int, int], threads: int
+    video: Animation | PyAVVideo,
+    source: str | Path | bytes,
+    indices: list[int],
+    size: tuple[int, int],
+    threads: int,
+    heed: Callable[[], None],
 ) -> dict[int, Image.Image]:
     if isinstance(video, PyAVVideo) and video.intact and not video.mirrored and decord_video.reads(video.container):
         try:
-            pictures = dict(decord_video.decode(source, indices, size, video.info.frames, threads))
-        except Exception:  # decord raises its own error types, and PyAV reads or names what it cannot
+            pictures = dict(decord_video.decode(source, indices, size, video.info.frames, threads, heed))
+        except Exception:  # decord raises its own error types, and PyAV reads or names what it cannot, or heeds again
             return dict(video.decode(indices, size))
         # Where a frame does not decode, decord silently repeats a neighbour; so does a still scene: PyAV decides.
         repeated = [b for a, b in pairwise(indices) if pictures[a].tobytes() == pictures[b].tobytes()]
@@ -161,7 +168,9 @@ def _decode(
     return dict(video.decode(indices, size))
 
 
-def _open(source: str | Path | bytes, name: str, threads: int, max_pixels: int) -> Animation | PyAVVideo:
+def _open(
+    source: str | Path | bytes, name: str, threads: int, max_pixels: int, heed: Callable[[], None] = lambda: None
+) -> Animation | PyAVVideo:
     header = source[:HEADER_BYTES] if isinstance(source, bytes) else _header(source, name)
     if not header:
         raise MediaError(name, "the file is empty (0 bytes)")
@@ -172,7 +181,7 @@ def _open(source: str | Path | bytes, name: str, threads: int, max_pixels: int) 
     if kind != "video":
         what = "a still image, not a video" if kind else "not a video in a format that is known here"
         raise MediaError(name, what)
-    return PyAVVideo(source, name, max_pixels, threads)
+    return PyAVVideo(source, name, max_pixels, threads, heed)
 
 
 def _header(path: str | Path, name: str) -> bytes:

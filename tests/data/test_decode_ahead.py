@@ -6,13 +6,16 @@ import itertools
 import threading
 import time
 import weakref
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from synthetic_media import write_video
 from torch.nn import functional as F
 
 from cots.data import decode_ahead
@@ -22,6 +25,7 @@ from cots.data.gpu_jpeg import GpuJpegDecoder, torchvision_jpegs
 from cots.data.image_io import open_sized
 from cots.data.samples import Sample, iter_samples
 from cots.data.square_transform import SquareTransform
+from cots.data.video_io import Frames, read_frames
 from cots.errors import MediaError
 from cots.stopwatch import Stopwatch
 
@@ -144,6 +148,30 @@ def test_large_pictures_wait_for_each_other() -> None:
     for thread in threads:
         thread.join()
     assert 60 < most <= 100
+
+
+@pytest.mark.parametrize("container", ["mp4", "ts"])  # read by decord, where it is installed, and by PyAV
+def test_who_stops_does_not_wait_for_a_film(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: str) -> None:
+    film = tmp_path / f"film.{container}"
+    write_video(film, frames=400, rate=4)
+    begun, heeded = threading.Event(), []
+
+    def heeding(*arguments: Any, heed: Callable[[], None], **named: Any) -> Frames:
+        def slowly() -> None:
+            begun.set()
+            heeded.append(time.sleep(0.1))
+            heed()
+
+        return read_frames(*arguments, heed=slowly, **named)
+
+    monkeypatch.setattr("cots.data.frame_sampling.read_frames", heeding)
+    Image.new("RGB", (90, 80)).save(tmp_path / "a.png")
+    outcomes = decoder(batched=False).decode(iter_samples([tmp_path / "a.png", film], no_error))
+    assert isinstance(outcomes, Generator)
+    next(outcomes)
+    begun.wait()
+    outcomes.close()
+    assert len(heeded) < 10
 
 
 def test_a_picture_that_is_refused_takes_no_room() -> None:
