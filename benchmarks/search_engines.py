@@ -173,7 +173,7 @@ class Lance(Engine):
 class LanceIvfPq(Lance):
     """IVF_PQ with refining, which reads the vectors of the proposals again. Settings are (cells, proposals a hit)."""
 
-    ladders = [[(cells, refine) for cells in (1, 2, 4, 8, 16, 32, 64, 128, 256)] for refine in (4, 16, 64)]  # noqa: RUF012
+    ladders = [[(cells, refine) for cells in (1, 2, 4, 8, 16, 32, 64, 128, 256)] for refine in (4, 16, 64, 256)]  # noqa: RUF012
 
     def _config(self) -> Any:
         from lancedb.index import IvfPq
