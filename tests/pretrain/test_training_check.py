@@ -11,7 +11,7 @@ import yaml
 from PIL import Image, ImageEnhance
 from typer.testing import CliRunner
 
-from cots.cli import app
+from cots.commands.application import app
 from cots.config import PretrainConfig
 from cots.errors import MediaError, SourceError, TrainingError
 from pretrain.check import check, examine
