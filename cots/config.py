@@ -1,4 +1,4 @@
-"""Every setting of COTS, documented where it stands, validated once.
+"""Every setting of a training, documented where it stands, validated once; those of the model are in model_config.py.
 
 A configuration is a YAML file read by `read_config`, with dotted overrides from the command line on top:
 
@@ -10,121 +10,16 @@ directory; environment variables are expanded, and `~` at the beginning of a val
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from cots.model_config import ModelConfig, Positive
 from cots.settings import Settings, read_values, validate_config
 
-Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 TEMPERATURES = (0.01, 0.5)
-_CLIP_VOCABULARY = 49408
-_UNEVEN = "{} {} is no multiple of its {} attention heads"
-
-
-class ImageTowerConfig(Settings):
-    name: str = "vit_base_patch16_224"
-    """A timm architecture, or `open_clip:ARCH`. A convolutional network's final map is flattened into tokens; a tower
-    of open_clip pools as its own architecture says, and knows no drop_path."""
-    image_size: int = Field(224, ge=16)
-    """Side in pixels of the square that the tower sees."""
-    resize: Literal["squash", "crop"] = "squash"
-    """How a picture becomes a square: `squash` ignores its aspect and loses nothing, `crop` cuts the centre out."""
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Per-channel mean of the pixel values in [0, 1], subtracted from them."""
-    std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
-    """Per-channel deviation that they are then divided by."""
-    pooling: Literal["cls", "mean"] = "cls"
-    """The token that the global embedding is projected from: [CLS], or the mean over the patches."""
-    transformer_depth: int = Field(0, ge=0)
-    """Transformer blocks, with a [CLS] token, on top of a convolutional network's final map (a hybrid ViT)."""
-    transformer_width: int = Field(384, ge=8)
-    """Width of those blocks."""
-    transformer_heads: int = Field(6, ge=1)
-    """Attention heads of those blocks."""
-    drop_path: float = Field(0.0, ge=0, lt=1)
-    """Stochastic depth rate."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout before the projection."""
-    freeze_norms: bool = False
-    """Batch norms keep the statistics they start with, in training too: a batch then no longer couples its pictures,
-    and a network trained on few keeps what it learnt from many."""
-    architecture: dict[str, Any] = {}
-    """Further arguments of `timm.create_model`, such as `embed_dim` and `depth` of a small ViT, or of open_clip's
-    `vision_cfg`."""
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> "ImageTowerConfig":
-        if self.transformer_width % self.transformer_heads:
-            raise ValueError(_UNEVEN.format("transformer_width", self.transformer_width, self.transformer_heads))
-        return self
-
-
-class TextTowerConfig(Settings):
-    name: str = "bert"
-    """`bert`, shaped by the settings below; or `open_clip:ARCH`, which has a shape and a tokenizer of its own and takes
-    only max_length from here; a vocabulary that is given must be its own."""
-    tokenizer: str = ""
-    """A WordPiece `tokenizer.json` or `vocab.txt`; needed to start a training, afterwards kept in the model
-    directory."""
-    vocabulary: int = Field(30522, ge=8)
-    width: int = Field(768, ge=8)
-    layers: int = Field(12, ge=1)
-    heads: int = Field(12, ge=1)
-    intermediate: int = Field(3072, ge=8)
-    """Width of the feed-forward layers."""
-    positions: int = Field(512, ge=8)
-    """Rows of the position embedding."""
-    max_length: int = Field(32, ge=4)
-    """Word pieces kept of a caption, [CLS] and [SEP] included."""
-    pooling: Literal["cls", "mean"] = "cls"
-    """The token that the global embedding is projected from: [CLS], or the mean over the word pieces."""
-    dropout: float = Field(0.1, ge=0, lt=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _clip_brings_its_vocabulary(cls, values: Any) -> Any:
-        clip = isinstance(values, dict) and str(values.get("name")).startswith("open_clip:")
-        return {"vocabulary": _CLIP_VOCABULARY, **values} if clip else values
-
-    @model_validator(mode="after")
-    def _shape_fits(self) -> "TextTowerConfig":
-        if self.max_length > self.positions:
-            raise ValueError(f"max_length {self.max_length} exceeds the {self.positions} positions of the text tower")
-        if self.width % self.heads:
-            raise ValueError(_UNEVEN.format("width", self.width, self.heads))
-        return self
-
-
-class TemporalConfig(Settings):
-    """How the embeddings of a clip's frames become one."""
-
-    kind: Literal["none", "transformer"] = "none"
-    """`none`: their mean, as in the paper. `transformer`: the mean plus what a transformer over the frames adds, which
-    is nothing before training; a picture, a clip of one frame, keeps its own embedding."""
-    depth: int = Field(2, ge=1)
-    heads: int = Field(4, ge=1)
-    positions: int = Field(16, ge=2)
-    """Embeddings of the place within a clip, between which those of any number of frames are interpolated."""
-    dropout: float = Field(0.1, ge=0, lt=1)
-
-
-class ModelConfig(Settings):
-    image_tower: ImageTowerConfig = ImageTowerConfig()
-    text_tower: TextTowerConfig = TextTowerConfig()
-    temporal: TemporalConfig = TemporalConfig()
-    embedding_dim: int = Field(256, ge=8)
-    """Dimension of the shared unit sphere."""
-    projection: Literal["linear", "mlp"] = "linear"
-    """The map from a tower's pooled token to the sphere; `mlp` has one hidden layer and a residual linear path."""
-
-    @model_validator(mode="after")
-    def _temporal_heads_divide_width(self) -> "ModelConfig":
-        if self.temporal.kind == "transformer" and self.embedding_dim % self.temporal.heads:
-            raise ValueError(_UNEVEN.format("embedding_dim", self.embedding_dim, self.temporal.heads))
-        return self
 
 
 class StartConfig(Settings):
@@ -160,6 +55,7 @@ class AugmentationConfig(Settings):
     rand_augment: int = Field(0, ge=0, le=4)
     """Operations of RandAugment (0: none); the random numbers of a picture suffice for four (`cache_side`)."""
     rand_augment_magnitude: int = Field(7, ge=0, le=30)
+    """Their strength, of 30 (Cubuk et al. 2020): at 30 a turn, say, is one of 30 degrees."""
     erase: float = Field(0.0, ge=0, le=1)
     """Probability that one random rectangle is erased."""
     drop_words: float = Field(0.0, ge=0, lt=1)
@@ -175,6 +71,7 @@ class AugmentationConfig(Settings):
 
 class DataConfig(Settings):
     train: list[SourceConfig] = []
+    """Pairs to train on, at least one source of them; one after another they are numbered, and mixed in an epoch."""
     validation: list[SourceConfig] = []
     """Pairs on which checkpoints are chosen. Never a test split: reported numbers would no longer mean anything."""
     image_size: int | None = Field(None, ge=16)
@@ -205,6 +102,7 @@ class ContrastiveConfig(Settings):
     features; or their online features, through which gradients then flow. Online features are compared among
     themselves, apart from the queue's, and the two losses averaged (see cots/objectives/retrieval.py)."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the target that all candidates have in common; the rest is the positive's alone."""
 
     @model_validator(mode="after")
     def _has_negatives(self) -> "ContrastiveConfig":
@@ -264,6 +162,8 @@ class NoiseFilterConfig(Settings):
 
 class ObjectiveConfig(Settings):
     temperature: float = Field(0.05, ge=1e-3)
+    """What similarities, in [-1, 1], are divided by before the softmax: a lower one looks at the nearest negatives
+    alone."""
     learn_temperature: bool = False
     """Train the temperature, started at `temperature` and kept in [0.01, 0.5] (`TEMPERATURES`)."""
     momentum: float = Field(0.99, ge=0, le=1)
@@ -304,13 +204,18 @@ class OptimizerConfig(Settings):
     learning_rate: float = Field(1e-4, gt=0)
     """Peak rate of everything that no other rate is given for."""
     image_tower_rate: float | None = Field(None, ge=0)
+    """Peak rate of the image tower; by default `learning_rate`. 0 freezes it (LiT, Zhai et al. 2022)."""
     text_tower_rate: float | None = Field(None, ge=0)
-    """Peak rates of the towers; 0 freezes one (LiT, Zhai et al. 2022)."""
+    """Peak rate of the text tower, likewise."""
     image_layer_decay: float = Field(1.0, gt=0, le=1)
     """Each layer of the image tower learns at this share of the rate of the one above it."""
     text_layer_decay: float = Field(1.0, gt=0, le=1)
+    """Each layer of the text tower, likewise."""
     weight_decay: float = Field(0.05, ge=0)
+    """Of AdamW, on matrices and kernels; biases, norms and single numbers have none. A step takes this share of the
+    weights, times the rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.98)
+    """Decays per step of AdamW's averages of the gradient and of its square."""
     clip_norm: float = Field(1.0, ge=0)
     """Gradient norm is clipped here; 0: not."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -342,6 +247,7 @@ class TrainingConfig(Settings):
     resume: bool = False
     """Go on from the output directory's last checkpoint, if there is one."""
     seed: int = Field(0, ge=0, lt=2**63)
+    """All that is drawn is drawn from it: first weights, the order of the samples, augmentation, masks, dropout."""
     device: str = "auto"
     """`auto`: cuda if there is one, else cpu."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -364,6 +270,7 @@ class TrainingConfig(Settings):
     checkpoint_steps: int = Field(0, ge=0)
     """Steps between two further checkpoints; 0: none."""
     keep_checkpoints: int = Field(2, ge=1)
+    """The last so many checkpoints stay in the output directory."""
     averaging: float = Field(0.0, ge=0, lt=1)
     """Decay per step of a slow average of the weights that is validated and saved in place of them; 0: none. It begins
     as the weights that the training starts from, and these still count in runs of fewer than 3 / (1 - averaging) steps.

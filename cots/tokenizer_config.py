@@ -35,6 +35,7 @@ class VisualTokenizerConfig(Settings):
     width: int = Field(256, ge=8)
     """Channels at the token grid; half as many at each finer level, and no fewer than `min_width`."""
     min_width: int = Field(32, ge=8)
+    """Channels that each level has at least."""
     blocks: int = Field(2, ge=1)
     """Residual blocks at each level of the encoder, and of the decoder."""
     image_size: int = Field(224, ge=16)
@@ -58,8 +59,9 @@ class VisualTokenizerObjectiveConfig(Settings):
     """What the decoder sees in training: a mixture of code vectors (Gumbel-softmax, Jang et al. 2017), or the code
     drawn, with the gradient of the mixture."""
     temperature_start: float = Field(1.0, gt=0)
+    """Temperature of the Gumbel-softmax in the first step: the higher, the more codes are in a mixture."""
     temperature_end: float = Field(0.0625, gt=0)
-    """Of the Gumbel-softmax. At 1/16 a mixture is close to a single code (Ramesh et al. 2021, appendix A.2)."""
+    """In the last ones. At 1/16 a mixture is close to a single code (Ramesh et al. 2021, appendix A.2)."""
     temperature_schedule: Literal["cosine", "exponential", "linear"] = "cosine"
     """The way from start to end."""
     temperature_steps: float = Field(0.75, ge=0, le=1)

@@ -1,9 +1,31 @@
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from cots.config import PretrainConfig, read_config
 from cots.errors import ConfigError
+from cots.settings import Settings
+from cots.tokenizer_config import VisualTokenizerTrainingConfig
+
+
+def _undocumented(kind: type[Settings], section: str = "") -> Iterator[str]:
+    for name, field in kind.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Settings):
+            yield from _undocumented(inner, f"{section}{name}.")
+        else:
+            within = [part for part in get_args(inner) if isinstance(part, type) and issubclass(part, Settings)]
+            for part in within:
+                yield from _undocumented(part, f"{section}{name}.")
+            if not (field.description or "").endswith("."):
+                yield f"{section}{name}"
+
+
+@pytest.mark.parametrize("kind", [PretrainConfig, VisualTokenizerTrainingConfig])
+def test_every_setting_is_documented_where_it_stands(kind: type[Settings]) -> None:
+    assert list(_undocumented(kind)) == []
 
 
 def _config(path: Path, text: str, *overrides: str) -> PretrainConfig:

@@ -10,7 +10,7 @@ FLOORS: dict[int, list[tuple[str, ...]]] = {  # the parts of each floor; a part 
         ("cots.errors", "cots.embedded", "cots.full_precision", "cots.onednn", "cots.recording", "cots.single_core"),
         ("cots.stopwatch",),
     ],
-    2: [("cots.settings", "cots.config", "cots.tokenizer_config")],
+    2: [("cots.settings", "cots.config", "cots.model_config", "cots.tokenizer_config")],
     3: [("cots.data",), ("cots.moments",)],
     4: [("cots.model",)],
     5: [("cots.objectives",), ("cots.embed",)],

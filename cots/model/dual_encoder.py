@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cots.config import ModelConfig
 from cots.model.open_clip_architecture import OPEN_CLIP
 from cots.model.temporal import TemporalTransformer, pool_clips
 from cots.model.tower import GridTower, WordTower
+from cots.model_config import ModelConfig
 
 
 @dataclass

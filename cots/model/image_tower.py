@@ -16,9 +16,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cots.config import ImageTowerConfig
 from cots.errors import ConfigError
 from cots.model.tower import GridTower, TowerOutput
+from cots.model_config import ImageTowerConfig
 
 
 class ImageTower(GridTower):

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from cots.config import ModelConfig, TextTowerConfig
 from cots.errors import ConfigError, ModelError
 from cots.model.caption_tokenizer import CaptionTokenizer, WordPieceTokenizer
 from cots.model.dual_encoder import DualEncoder, ImageStream, Stream, TextStream
 from cots.model.open_clip_architecture import OPEN_CLIP
+from cots.model_config import ModelConfig, TextTowerConfig
 from cots.settings import validate_config
 
 AnyStream = TypeVar("AnyStream", bound=Stream)

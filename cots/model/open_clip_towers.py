@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cots.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from cots.errors import ConfigError
 from cots.model.open_clip_architecture import (
     OPEN_CLIP,
@@ -24,6 +23,7 @@ from cots.model.open_clip_architecture import (
     needs_quick_gelu,
 )
 from cots.model.tower import GridTower, Tower, TowerOutput, WordTower
+from cots.model_config import ImageTowerConfig, ModelConfig, TextTowerConfig
 
 
 class OpenClipImageTower(GridTower):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cots.config import TemporalConfig
+from cots.model_config import TemporalConfig
 
 
 class TemporalTransformer(nn.Module):

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from cots.config import TextTowerConfig
 from cots.model.bert import PAD, Bert
 from cots.model.tower import TowerOutput, WordTower
+from cots.model_config import TextTowerConfig
 
 
 class TextTower(WordTower):

@@ -1,9 +1,9 @@
 import torch
 from torch import nn
 
-from cots.config import ImageTowerConfig
 from cots.model.folding import fold_batch_norms
 from cots.model.image_tower import ImageTower
+from cots.model_config import ImageTowerConfig
 
 
 def _tower() -> ImageTower:

@@ -2,9 +2,9 @@ import pytest
 import timm
 import torch
 
-from cots.config import ImageTowerConfig, ModelConfig
 from cots.errors import ConfigError
 from cots.model.image_tower import ImageTower
+from cots.model_config import ImageTowerConfig, ModelConfig
 from cots.settings import validate_config
 
 SMALL = {"embed_dim": 32, "depth": 1, "num_heads": 2}

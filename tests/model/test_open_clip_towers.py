@@ -5,7 +5,6 @@ import open_clip
 import pytest
 import torch
 
-from cots.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from cots.errors import ConfigError
 from cots.model.clip_tokenizer import ClipTokenizer
 from cots.model.dual_encoder import DualEncoder
@@ -13,6 +12,7 @@ from cots.model.model_directory import save_model
 from cots.model.open_clip_towers import OpenClipImageTower, OpenClipTextTower, open_clip_weights
 from cots.model.pretrained import load_model
 from cots.model.tower import lower_precision
+from cots.model_config import ImageTowerConfig, ModelConfig, TextTowerConfig
 
 CAPTIONS = [
     "a red car",

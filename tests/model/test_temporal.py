@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cots.config import ModelConfig, TemporalConfig
 from cots.errors import ConfigError
 from cots.model.caption_tokenizer import WordPieceTokenizer
 from cots.model.dual_encoder import DualEncoder
 from cots.model.model_directory import read_model, save_model
 from cots.model.pretrained import load_model
 from cots.model.temporal import TemporalTransformer, pool_clips
+from cots.model_config import ModelConfig, TemporalConfig
 from cots.moments import unit_mean
 from cots.settings import validate_config
 

@@ -6,8 +6,8 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cots.config import TextTowerConfig
 from cots.model.text_tower import TextTower
+from cots.model_config import TextTowerConfig
 from pretrain.flops import count_flops, flops_per_pair, matrix_rate
 
 BATCH, TOKENS, WIDTH, HEADS = 2, 10, 32, 4
