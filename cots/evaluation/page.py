@@ -219,7 +219,7 @@ def _reference(row: Reference) -> str:
     cells = "".join(f"<td>{'' if value is None else f'{value:.1f}'}</td>" for value in values)
     source = row.source if row.checked else f"{row.source}; {RECALLED}"
     return (
-        f"<tr><td>{escape(row.model)}</td><td>{escape(row.setting)}</td>{cells}"
+        f"<tr><td>{escape(row.model)}</td><td>{escape(row.conditions)}</td>{cells}"
         f'<td class="text source">{escape(source)}</td></tr>'
     )
 

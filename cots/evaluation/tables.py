@@ -123,7 +123,8 @@ def list_protocols() -> str:
         parts.append("\n".join([*lines, *_aligned(rows, last_left=True)]))
     parts.append(
         "What others reported: recall in percent, text to image or video; reverse: R@1 of the way back.\n"
-        "Compare within a setting: re-ranked means with dual softmax, or a cross-encoder over the first candidates.\n"
+        "Compare within a setting: re-ranked means with dual softmax, or a cross-encoder over the first candidates; "
+        "on 7k or\n9k: trained on that list of MSR-VTT, where it is known.\n"
         f"* {RECALLED}: do not quote it from here.\n"
         + "\n".join(f"[{number}] {source}" for number, source in enumerate(sources, 1))
     )
@@ -172,7 +173,7 @@ def _difference_cells(one: Difference) -> list[str]:
 
 def _reference_cells(row: Reference) -> list[str]:
     figures = ["-" if value is None else f"{value:.1f}" for value in (*row.text_to_item, row.item_to_text[0])]
-    return [row.model, row.setting, *figures, row.source if row.checked else f"{row.source}; {RECALLED}"]
+    return [row.model, row.conditions, *figures, row.source if row.checked else f"{row.source}; {RECALLED}"]
 
 
 def _seconds(document: dict[str, Any]) -> str:

@@ -121,7 +121,7 @@ def test_the_list_of_protocols_marks_settings_and_recalled_figures() -> None:
         (number,) = re.findall(rf"^\[(\d+)\] {re.escape(row.source)}$", listed, re.MULTILINE)
         mark = "" if row.checked else "*"
         assert re.search(
-            rf"^  {re.escape(row.model)} .* {row.setting} \[{number}\]{re.escape(mark)}$", listed, re.MULTILINE
+            rf"^  {re.escape(row.model)} .* {row.conditions} \[{number}\]{re.escape(mark)}$", listed, re.MULTILINE
         )
 
 

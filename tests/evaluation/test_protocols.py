@@ -282,3 +282,15 @@ def test_every_reference_belongs_to_a_protocol_and_names_its_source() -> None:
     assert settings == sorted(
         settings, key=["zero-shot", "zero-shot, re-ranked", "fine-tuned", "fine-tuned, re-ranked"].index
     )
+
+
+def test_there_is_something_to_compare_with_on_whatever_is_evaluated() -> None:
+    for protocol in PROTOCOLS.values():
+        assert bool(references(protocol.name)) != protocol.is_training
+
+
+def test_a_reference_says_what_it_was_trained_on_where_that_differs() -> None:
+    conditions = {row.model: row.conditions for row in references("msrvtt_1ka")}
+    assert conditions["CLIP4Clip meanP ViT-B/32"] == "fine-tuned on 9k"
+    assert conditions["CLIP-ViP ViT-B/16 + dual softmax"] == "fine-tuned on 9k, re-ranked"
+    assert conditions["PE core G/14 448"] == "zero-shot"
