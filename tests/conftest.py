@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,6 +23,10 @@ from cots.model.retrieval_model import RetrievalModel
 # An example that a busy machine holds up for 200 ms is no failure.
 settings.register_profile("any machine", settings(deadline=None))
 settings.load_profile("any machine")
+
+# As in a terminal: what a shell starts in the background, and all that it starts, would ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _VOCABULARY = """
 a an the of in on with and is are at to man woman child dog cat bird boat car truck red blue green yellow black

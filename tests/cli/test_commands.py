@@ -292,7 +292,6 @@ def test_demo_serves_the_gallery_where_it_is_told(gallery: Path, tiny_model_dir:
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert process.stdout is not None

@@ -247,7 +247,6 @@ def test_ctrl_c_during_a_build_loses_and_doubles_nothing(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         while not (gallery / "manifest.json").exists():

@@ -114,14 +114,12 @@ def test_a_host_of_another_machine_is_a_sentence() -> None:
 def test_launch_prints_its_address_serves_and_ends_quietly_on_ctrl_c(gallery: Path, tiny_model_dir: Path) -> None:
     code = "import sys; from demo.app import launch; launch(sys.argv[1], port=0, model=sys.argv[2])"
     command = [sys.executable, "-c", code, str(gallery), str(tiny_model_dir)]
-    # As in a terminal: a background job of a shell would be started with SIGINT ignored.
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         ready = process.stdout.readline()
