@@ -3,7 +3,8 @@
 A block of float16 vectors becomes float32 in a core's cache and meets all queries in one matrix product. Of the scores
 only those are kept that beat the k-th best of what a core has seen, which after a few blocks are next to none. So the
 vectors are read once, as they lie, and may be larger than memory. FAISS's flat index holds twice the bytes, and gives
-a query to one core.
+a query to one core. Where the vectors get better and better, as in a gallery whose last folder a query is about, a
+block's own k-th best holds back the rest of it.
 """
 
 import os
@@ -25,6 +26,8 @@ FEW = 1024  # scores that one core computes sooner than it shares the work out
 GROUPS = 128
 FEW_QUERIES = 3  # whose scores are written where those of the last block were
 MOST_QUERIES = 1024  # at once, so that their scores of a block take 16 MiB a core
+CROWD = 2  # times k scores a query, of which a block's best are sought before they are kept
+MOST_WAITING = 8  # times k scores a query, at which they are sorted
 SERIAL = 32_768  # numbers that torch converts on the calling core
 _kept = threading.local()
 
@@ -142,12 +145,14 @@ def _best_of_part(
 
     A score must beat the k-th best of those before. That is known from the first block on, at first as a bound, and
     brought up to date whenever the blocks seen have doubled; so of each doubling about k scores a query are sorted.
+    Where vectors lie in an order, more may beat it than a few; then a block's own bound counts as well, and what is
+    kept is sorted when it becomes much.
     """
     block = _block(vectors.shape[1])
     best_scores, best_places = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
-    least: Tensor | None = None
+    least = torch.full((len(queries), 1), -torch.inf)
     waiting: list[tuple[Tensor, Tensor, Tensor]] = []
-    seen, due = 0, 1
+    seen, due, kept = 0, 1, 0
     products = torch.empty(min(len(queries), FEW_QUERIES), BLOCK)
     with torch.inference_mode():
         for start in range(first, behind, BLOCK):
@@ -158,13 +163,17 @@ def _best_of_part(
                 scores = linear(queries, part)
             else:
                 scores = torch.mm(queries, part.T, out=products[:, : stop - start])
-            asked, places = torch.nonzero(scores > (_bound(scores, k) if least is None else least), as_tuple=True)
+            better = torch.nonzero(scores > least, as_tuple=True) if seen else None
+            if better is None or len(better[0]) > CROWD * best_scores.size:
+                least = torch.maximum(least, _bound(scores, k))
+                better = torch.nonzero(scores > least, as_tuple=True)
+            asked, places = better
             waiting.append((asked, places + start, scores[asked, places]))
-            seen += 1
-            if seen == due or stop == behind:
+            seen, kept = seen + 1, kept + len(asked)
+            if seen == due or stop == behind or kept > MOST_WAITING * best_scores.size:
                 best_scores, best_places = _merge(best_scores, best_places, waiting)
                 least = torch.from_numpy(best_scores[:, -1:])
-                waiting, due = [], 2 * seen
+                waiting, kept, due = [], 0, 2 * seen
     if rows is not None:
         best_places = np.where(best_places < 0, -1, rows.numpy()[best_places])
     return best_scores, best_places

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import index.exact
 from index.exact import ExactIndex
 
 # Of the second, a few hundred vectors are many blocks, shared out among the cores.
@@ -82,6 +83,25 @@ def test_equal_scores_come_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = np.tile(np.eye(4, dtype=np.float16), (50, 1))
     _, found = ExactIndex(vectors, np.arange(200)).search(np.eye(4, dtype=np.float32), 5)
     assert found.tolist() == [[first + 4 * step for step in range(5)] for first in range(4)]
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["ascending", "descending"])
+def test_vectors_that_get_better_and_better_are_few_to_sort(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    queries = unit_vectors(rng, 1, 8) + 0.01 * unit_vectors(rng, 20, 8)
+    vectors = unit_vectors(rng, 60_000, 8)
+    vectors = vectors[np.argsort(vectors @ queries[0])[::order]].astype(np.float16)
+    merge, sorted_at_once = index.exact._merge, []
+
+    def merge_and_count(scores: np.ndarray, rows: np.ndarray, waiting: list) -> tuple[np.ndarray, np.ndarray]:
+        sorted_at_once.append(sum(len(part[0]) for part in waiting))
+        return merge(scores, rows, waiting)
+
+    monkeypatch.setattr("index.exact._merge", merge_and_count)
+    scores, _ = ExactIndex(vectors, np.arange(60_000)).search(queries, 10)
+    assert max(sorted_at_once) <= 12 * 10 * 20
+    for query, found in zip(queries, scores, strict=True):
+        np.testing.assert_allclose(found, brute_force(vectors, query, 10, None), atol=2e-6)
 
 
 def test_more_queries_than_are_compared_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
