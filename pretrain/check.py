@@ -145,11 +145,19 @@ def _count_steps(
         report.problems.append(str(error))
         return
     report.steps = max(1, round(training.epochs * per_epoch))
-    pairs, needed = report.steps * training.batch_size, config.objective.noise_filter.queue_size
+    step_pairs = training.batch_size * config.data.captions_per_item
+    pairs, needed = report.steps * step_pairs, config.objective.noise_filter.queue_size
     if needed > pairs:
         report.warnings.append(
             f"objective.noise_filter begins once it has seen {needed:,} pairs, and the whole run has {pairs:,}; set a "
             "smaller queue_size."
+        )
+    queue, epoch = config.objective.contrastive.queue_size, per_epoch * step_pairs
+    if queue > epoch:
+        report.warnings.append(
+            f"objective.contrastive.queue_size is {queue:,}, and an epoch has {epoch:,} pairs, which would stand in the "
+            "queue several times, as the towers of past epochs saw them; set a part of that, or 0 with "
+            "contrastive.in_batch=online."
         )
 
 

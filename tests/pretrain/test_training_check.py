@@ -171,6 +171,16 @@ def test_a_filter_that_would_never_begin_is_told(make_config: MakeConfig) -> Non
     assert [warning for warning in report.warnings if "begins once it has seen 5,000 pairs" in warning]
 
 
+def test_a_queue_longer_than_an_epoch_is_told(make_config: MakeConfig) -> None:
+    def warnings(queue: int, captions: int) -> list[str]:
+        config = make_config(objective={"contrastive": {"queue_size": queue}}, data={"captions_per_item": captions})
+        return [warning for warning in examine(config).warnings if "contrastive.queue_size" in warning]
+
+    (warning,) = warnings(49, 1)
+    assert "objective.contrastive.queue_size is 49, and an epoch has 48 pairs" in warning
+    assert warnings(96, 2) == []  # each caption of an item is a pair
+
+
 def test_too_many_entries_that_are_left_out_stop_the_run_as_its_check_says(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
