@@ -7,7 +7,8 @@
 An arm is configs/ablation.yaml with some settings changed: one of those below, or `NAME: key=value ...`. Arms whose
 names end in `, noisy` see shards in which a fifth of all captions are exchanged between pictures. Recall is that of the
 averaged weights after the last step: no checkpoint is chosen, so validation pairs play no part in an arm. Runs that are
-in the output file already are not repeated, unless they failed.
+in the output file already are not repeated, unless they failed. A row says the sources that it was trained on, and how
+it was run.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from run_facts import run_facts, shortened
 
 CONFIG = Path(__file__).parents[1] / "configs" / "ablation.yaml"
 QUEUES = ["objective.contrastive.queue_size=12800"]
@@ -87,7 +89,8 @@ def run(name: str, overrides: list[str], seed: int, runs: Path, config: Path) ->
     directory = runs / f"{name.replace(' ', '_').replace('+', 'plus').replace(',', '')}_{seed}"
     started = time.perf_counter()
     try:
-        pretrain(read_config(config, [*overrides, f"training.seed={seed}", f"training.output={directory}"]))
+        settings = read_config(config, [*overrides, f"training.seed={seed}", f"training.output={directory}"])
+        pretrain(settings)
     except (CotsError, RuntimeError) as error:
         return {"arm": name, "seed": seed, "error": str(error)[:600]}
     rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
@@ -96,7 +99,8 @@ def run(name: str, overrides: list[str], seed: int, runs: Path, config: Path) ->
     return {
         "arm": name,
         "seed": seed,
-        "overrides": overrides,
+        "overrides": [shortened(override, Path.cwd()) for override in overrides],
+        "sources": [shortened(source.path, Path.cwd()) for source in settings.data.train],
         "seconds": round(time.perf_counter() - started, 1),
         "pairs_per_second": round(statistics.median(row["pairs_per_second"] for row in steps), 1),
         "filter_kept": steps[-1].get("filter_kept"),
@@ -156,6 +160,7 @@ def main() -> None:
         write_noisy_shards(sorted(SHARDS.glob("train-*.tar")), arguments.runs / "noisy", NOISE)
     done = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
     known = {(result["arm"], result["seed"]) for result in done if "error" not in result}
+    facts = run_facts()
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
     count = 0
@@ -179,7 +184,7 @@ def main() -> None:
         worker.start()
         jobs.put(None)
     for _ in range(count):
-        result = results.get()
+        result = results.get() | {"run": facts}
         done.append(result)
         with arguments.out.open("a") as file:
             file.write(json.dumps(result) + "\n")

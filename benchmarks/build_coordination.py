@@ -10,22 +10,19 @@ shards, which a build does before it embeds; the time that processes take to sta
 import argparse
 import io
 import json
-import os
 import pickle
-import platform
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 import lancedb
 import numpy as np
-import pyarrow as pa
 from PIL import Image
+from run_facts import run_facts
 
 from cots.data.samples import Sample
 from cots.embed import Embedded, cores
@@ -86,6 +83,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=200_000)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    facts = run_facts()
     vectors = np.random.default_rng(0).standard_normal((4096, DIMENSION)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     samples = [
@@ -104,13 +102,10 @@ def main() -> None:
             f"listing shards, {cores()} processes": _listed(shards, processes=cores()),
         }
     document = {
+        **facts,
         "items": arguments.items,
         "dimension": DIMENSION,
         "items_per_second": {name: round(rate) for name, rate in rates.items()},
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
-        "versions": {"python": platform.python_version(), "lancedb": lancedb.__version__, "pyarrow": pa.__version__},
-        "command": f"python benchmarks/build_coordination.py --items {arguments.items}",
-        "date": datetime.now(UTC).date().isoformat(),
     }
     for name, rate in rates.items():
         print(f"{name:30} {rate:10,.0f} items/s")

@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from datetime import date
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -35,6 +34,7 @@ import numpy as np
 import torch
 from fabricated_jpegs import make_jpegs
 from PIL import Image
+from run_facts import run_facts
 from torch import Tensor
 
 from cots.config import ModelConfig
@@ -277,6 +277,7 @@ def main() -> None:
     parser.add_argument("--videos", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    ran = run_facts()
     with ExitStack() as stack:
         name = named_model(arguments.model, Path(stack.enter_context(tempfile.TemporaryDirectory())))
         model = load_model(name, bulk=True)
@@ -305,11 +306,9 @@ def main() -> None:
     device = torch.cuda.get_device_name(model.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     size = statistics.mean(sample.size for sample in samples) / 1000
     setting = {
-        "command": " ".join(sys.argv),
-        "date": date.today().isoformat(),
+        **ran,
         "device": device,
         "cores": cores(),
-        "torch": torch.__version__,
         "model": arguments.model,
         "samples": len(samples),
         "kilobytes": size,

@@ -12,17 +12,16 @@ Before anything is timed, hits are compared with those of float32 brute force.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from run_facts import run_facts
 
 from index.exact_gpu import ExactGpuIndex
 from index.topk_passes import SWEPT, TritonPasses, padded_width
@@ -246,9 +245,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     document: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
-        "date": date.today().isoformat(),
+        **run_facts(),
+        "cuda": torch.version.cuda,
         "vectors": arguments.vectors,
         "dimension": arguments.dim,
         "floors": floors(arguments.vectors, arguments.dim, arguments.runs),
@@ -281,7 +279,7 @@ def main() -> None:
 
 def report(document: dict[str, Any]) -> None:
     """Print the tables."""
-    print(f"\n{document['device']}, {document['versions']}, {document['vectors']:,} x {document['dimension']}")
+    print(f"\n{document['gpu']}, {document['versions']}, {document['vectors']:,} x {document['dimension']}")
     print(", ".join(f"{name} {value:.2f}" for name, value in document["floors"].items()))
     if "sweep" in document:
         for batch in SWEPT_BATCHES:

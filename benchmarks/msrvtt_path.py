@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from run_facts import run_facts
 
 from cots.config import ModelConfig
 from cots.embedded import EMBEDDED_MODEL
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--model", help="by default ViT-B/16 with BERT-base, random weights")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    facts = run_facts()
     started = time.perf_counter()
     generate(given.lists, given.data, given.clips, given.workers)
     generating = time.perf_counter() - started
@@ -132,9 +134,9 @@ def main() -> None:
     result = measure(test_set(given.data, given.clips), model, max_bad_share=max(0.01, 1.5 / given.clips))
     print(report(result, generating))
     if given.json:
-        given.json.write_text(
-            json.dumps({"seconds": result.seconds, "failures": result.failures, "device": result.device})
-        )
+        facts |= {"clips": given.clips, "device": result.device, "clips_written_s": round(generating, 1)}
+        facts |= {"seconds": result.seconds, "failures": result.failures}
+        given.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

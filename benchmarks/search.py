@@ -18,19 +18,17 @@ the table comes last. What an engine makes stays in `--scratch` and is used agai
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from run_facts import run_facts
 from search_data import Base, grow
 from search_engines import ENGINES, Engine
 
@@ -214,29 +212,6 @@ def device_memory() -> int:
     return (total - free) >> 20
 
 
-def hardware() -> dict[str, str]:
-    """What the figures hold for."""
-    import torch
-
-    def installed(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return ""
-
-    cpu = next(
-        (line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
-    )
-    packages = ("numpy", "torch", "faiss-cpu", "faiss-gpu", "lancedb", "triton")
-    return {
-        "cpu": f"{os.cpu_count()} cores, {cpu}",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-        "python": platform.python_version(),
-        "versions": ", ".join(f"{name} {installed(name)}" for name in packages if installed(name)),
-        "date": date.today().isoformat(),
-    }
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown; of targets that the same setting reaches one row."""
     columns = ("vectors", "engine", "recall@10", "p50 / p99 ms", "alone ms", "1 % ms", "q/s at 32 / 1,024")
@@ -287,11 +262,11 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace, scratch: Path) -> None:
+    facts = run_facts()
     document: dict[str, Any] = {"command": "", "rows": []}
     if arguments.json and arguments.json.is_file():
         document = json.loads(arguments.json.read_text())
-    document |= hardware()
-    document["command"] = "python benchmarks/search.py --base base.npz --sizes SIZES --engines ENGINES"
+    document |= facts
     command = [sys.executable, __file__, "--base", str(arguments.base), "--scratch", str(scratch)]
     command += ["--queries", str(arguments.queries), "--seconds", str(arguments.seconds), "--batches"]
     command += [str(batch) for batch in arguments.batches]
@@ -309,7 +284,8 @@ def run(arguments: argparse.Namespace, scratch: Path) -> None:
                 print(f"{name} of {size}: {(done.stderr.strip() or 'killed').splitlines()[-1]}", file=sys.stderr)
                 continue
             others = [each for each in document["rows"] if (each["engine"], each["vectors"]) != (name, size)]
-            document["rows"] = others + json.loads(done.stdout.splitlines()[-1])
+            run_by = {key: facts[key] for key in ("command", "date")}  # rows of another run may stand beside these
+            document["rows"] = others + [each | run_by for each in json.loads(done.stdout.splitlines()[-1])]
             _tell(f"{name} of {size} is measured", started)
             if arguments.json:
                 written = arguments.json.with_suffix(".part")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from run_facts import run_facts
 
 from cots.config import PretrainConfig, read_config
 from cots.model.visual_tokenizer import VisualTokenizer, save_visual_tokenizer
@@ -202,7 +203,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("train_throughput.jsonl"))
     arguments = parser.parse_args()
     if arguments.row or (arguments.only and len(arguments.only) == 1):
-        row = measure(arguments.row or arguments.only[0], arguments)
+        facts = run_facts(sys.argv[:-2] if arguments.row else sys.argv)
+        row = measure(arguments.row or arguments.only[0], arguments) | {"batch": arguments.batch, "run": facts}
         if row.pop("first"):
             with arguments.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -214,6 +216,8 @@ def main() -> None:
     if arguments.shards:
         last = from_disk(arguments)
         shown = {key: last[key] for key in ("pairs_per_second", "mfu", "data_wait", "peak_memory_gib")}
+        with arguments.out.open("a") as file:
+            file.write(json.dumps({"name": "every level, from disk", **shown, "run": run_facts()}) + "\n")
         print(f"every level, from disk: {shown}", flush=True)
 
 

@@ -21,10 +21,10 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
+from run_facts import run_facts
 from torch import Tensor, nn
 
 from cots.config import ModelConfig
@@ -197,18 +197,21 @@ def main() -> None:
         parser.error("--batch, --sample and --pair-batch must be at least 1, and --pairs at least 2")
     given.batch = min(given.batch, given.sample)
     given.pair_batch = min(given.pair_batch, given.pairs // 2)
+    facts = run_facts()
     results = measure(given)
     device = torch.device(given.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     results |= {
         "device": f"{name} ({platform.machine()})",
         "dtype": "bf16" if device.type == "cuda" else "fp32",
-        "date": datetime.now(UTC).date().isoformat(),
+        "joint_layers": given.joint_layers,
+        "embed_pairs": given.embed_pairs,
+        **facts,
     }
     print(report(results, given))
     if given.json:
         with open(given.json, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1)
+            file.write(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from run_facts import run_facts, shortened
+
 CONFIG = Path(__file__).parents[1] / "configs" / "finetune_video_text.yaml"
 TRANSFORMER = ["model.temporal.kind=transformer"]
 FROZEN = [
@@ -131,14 +133,23 @@ def run(name: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
             "training.validate_every=0",
             "training.checkpoint_every=1000",
         ]
-        pretrain(read_config(given.config, overrides))
+        settings = read_config(given.config, overrides)
+        pretrain(settings)
         figures = measure(str(directory), given.frames, given.photographs)
     except (CotsError, RuntimeError) as error:
         return {"arm": name, "seed": seed, "error": str(error)[:600]}
     rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
     rate = statistics.median(row["pairs_per_second"] for row in rows if "loss" in row)
     seconds = round(time.perf_counter() - started, 1)
-    return {"arm": name, "seed": seed, "seconds": seconds, "pairs_per_second": round(rate, 1), **figures}
+    return {
+        "arm": name,
+        "seed": seed,
+        "overrides": [shortened(override, Path.cwd()) for override in [*arm, *given.set]],
+        "sources": [shortened(source.path, Path.cwd()) for source in settings.data.train],
+        "seconds": seconds,
+        "pairs_per_second": round(rate, 1),
+        **figures,
+    }
 
 
 def serve(gpu: str, jobs: Any, results: Any, given: argparse.Namespace) -> None:
@@ -214,6 +225,7 @@ def main() -> None:
         (name, seed) for seed in given.seeds for name in given.arms if ARMS[name] is not None or seed == given.seeds[0]
     ]
     missing = [job for job in wanted if job not in known]
+    facts = run_facts()
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
     for job in missing:
@@ -226,7 +238,7 @@ def main() -> None:
             context.Process(target=serve, args=(gpu, jobs, results, given)).start()
             jobs.put(None)
     for _ in missing:
-        result = results.get()
+        result = results.get() | {"run": facts}
         done.append(result)
         with given.out.open("a") as file:
             file.write(json.dumps(result) + "\n")
