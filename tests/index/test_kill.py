@@ -24,8 +24,9 @@ from index.gallery import open_gallery
 
 KILLS = int(os.environ.get("COTS_KILLS", "15"))
 
-# Imports and loads the model once; then forks a build for each line "SECONDS FILE" and kills it after so many seconds.
-# The build commits after every item, so that kills fall into commits, and acknowledges each in the file.
+# Imports and loads the model once; then forks a build for each line "COUNT SECONDS FILE" and kills it so many seconds
+# after it has acknowledged so many items, however quick the machine is. The build commits after every item, so that
+# kills fall into commits, and acknowledges each in the file.
 SERVER = """
 import os, signal, sys, time, warnings
 import lancedb
@@ -37,12 +38,16 @@ index.writer.COMMIT_ROWS = 1
 source, gallery, model = sys.argv[1], sys.argv[2], load_model(sys.argv[3], device="cpu")
 print("ready", flush=True)
 for line in sys.stdin:
-    seconds, path = line.split()
+    count, seconds, path = line.split()
+    file = os.open(path, os.O_WRONLY | os.O_CREAT)
     child = os.fork()
     if child == 0:
-        file = os.open(path, os.O_WRONLY | os.O_CREAT)
         build([source], gallery, model, batch_size=1, threads=1, progress=lambda step: os.write(file, b"."))
         os._exit(0)
+    ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while os.fstat(file).st_size < int(count) and not os.waitid(os.P_PID, child, ended):
+        time.sleep(0.001)
+    os.close(file)
     time.sleep(float(seconds))
     os.kill(child, signal.SIGKILL)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -73,9 +78,12 @@ def test_killed_builds_lose_and_double_nothing(
         assert server.stdout.readline() == "ready\n"
         for trial in range(KILLS):
             acknowledged = tmp_path / f"acknowledged{trial}"
-            print(random.uniform(0.02, 0.4), acknowledged, file=server.stdin, flush=True)
+            before = random.randrange(5)
+            # sparing in the first half, which has only so many items to add
+            seconds = random.uniform(0, 0.02 if before and trial <= KILLS // 2 else 0.1)
+            print(before, seconds, acknowledged, file=server.stdin, flush=True)
             killed += server.stdout.readline() == "-9\n"
-            count = len(acknowledged.read_bytes()) if acknowledged.exists() else 0
+            count = len(acknowledged.read_bytes())
             if not (gallery / "manifest.json").exists():
                 assert count == 0
                 continue
@@ -170,7 +178,7 @@ def test_killed_appends_compactions_and_structures_leave_a_gallery_that_answers_
 ) -> None:
     monkeypatch.setattr("index.ann.FEW_ROWS", 0)
     photos, directory = tmp_path / "photos", tmp_path / "gallery"
-    for seed in range(3):
+    for seed in range(KILLS + 3):  # one may go between two kills
         write_picture(photos / f"{seed:02}.png", seed)
     build([photos], directory, tiny_model)
     set_engine(directory, "ivf")
