@@ -81,7 +81,9 @@ class ObjectStore:
     def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         status, head, answer = self.failing(method, path), [], [b""]
-        if not status:
+        if status:
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))  # else the answer may be lost
+        else:
             answer = self._moto(environ, lambda *arguments: head.append(arguments))
             if method == "PUT":
                 self.puts.append(path)
