@@ -110,8 +110,10 @@ def test_workers_of_a_process_that_holds_a_gpu_load_the_same_and_are_not_its_chi
 ) -> None:
     expected = list(loader(0))
     assert sum(len(batch.bad) for batch in expected) > 0
+    of_other_tests = multiprocessing.active_children()
     batches = iter(loader(2))
-    workers = [process.pid for process in multiprocessing.active_children() if process.pid]
+    started = [process for process in multiprocessing.active_children() if process not in of_other_tests]
+    workers = [process.pid for process in started if process.pid]
     assert len(workers) == 2
     parents = {_parents()[worker] for worker in workers}
     assert os.getpid() not in parents
@@ -125,9 +127,11 @@ def test_workers_of_a_process_that_holds_a_gpu_load_the_same_and_are_not_its_chi
 @linux
 @pytest.mark.usefixtures("gpu_held")
 def test_signals_that_a_whole_job_gets_leave_workers_at_work(loader: Callable[..., DataLoader]) -> None:
+    of_other_tests = multiprocessing.active_children()
     batches = iter(loader(2))
     first = next(batches)
-    workers = {process.pid for process in multiprocessing.active_children() if process.pid}
+    started = [process for process in multiprocessing.active_children() if process not in of_other_tests]
+    workers = {process.pid for process in started if process.pid}
     for process in workers | {_parents()[worker] for worker in workers}:
         os.kill(process, signal.SIGINT)
         os.kill(process, signal.SIGTERM)
