@@ -63,7 +63,7 @@ def actors() -> list[int]:
 
 def all_end() -> bool:
     """Whether the actors end by themselves, which Ray has them do in its own time."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 90
     while actors() and time.monotonic() < deadline:
         time.sleep(0.2)
     return actors() == []
