@@ -1,6 +1,6 @@
 """Precision@5 of everyday concepts on the embedded gallery.
 
-    python benchmarks/gallery_precision.py [--sheet hits.png]
+    python benchmarks/gallery_precision.py [--sheet hits.png] [--json OUT]
 
 The concepts and the words that make a hit relevant stand in gallery_concepts.tsv, written down before the first
 search. A hit counts if one of its captions has one of the words; `--sheet` draws the hits, so that a person can judge
@@ -10,10 +10,12 @@ what words cannot.
 import argparse
 import csv
 import io
+import json
 import re
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+from run_facts import run_facts
 
 import cots
 from cots.data.image_io import open_image
@@ -47,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gallery", default=str(EMBEDDED_GALLERY))
     parser.add_argument("--sheet", type=Path)
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     gallery = cots.open_gallery(arguments.gallery)
     rows = concepts()
@@ -67,7 +70,12 @@ def main() -> None:
                 corner = (180 + column * 132, row * 132)
                 sheet.paste(thumbnail(gallery, hit), corner)
                 draw.rectangle((*corner, corner[0] + 8, corner[1] + 8), fill="green" if good else "red")
-    print(f"mean precision@5 {sum(precisions) / len(precisions):.3f} over {len(precisions)} concepts")
+    mean = sum(precisions) / len(precisions)
+    print(f"mean precision@5 {mean:.3f} over {len(precisions)} concepts")
+    if arguments.json:
+        by_concept = {query: precision for (query, _), precision in zip(rows, precisions)}
+        figures = {"rows": len(gallery.snapshot), "precision@5": round(mean, 4), "concepts": by_concept}
+        arguments.json.write_text(json.dumps(run_facts() | figures, indent=1) + "\n")
     if arguments.sheet:
         content = io.BytesIO()
         sheet.save(content, "PNG")

@@ -1,6 +1,6 @@
 """How hybrid search should weigh ranks: the constant of reciprocal rank fusion, by captions that find their photo.
 
-    python benchmarks/search_fusion.py --base base.npz
+    python benchmarks/search_fusion.py --base base.npz [--json OUT]
 
 The gallery is the first 1,000 photographs of base.npz (see search_data.py: Flickr8k's validation split), each with one
 or four of its captions; the queries are fifth captions, which the gallery does not have. R@k: the share of those whose
@@ -8,13 +8,16 @@ photograph is among the first k.
 """
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import lancedb
 import numpy as np
 import pyarrow as pa
 from lancedb.index import FTS
+from run_facts import run_facts
 from search_data import Base
 
 import index.captions
@@ -25,10 +28,10 @@ DEPTH = 100
 PHOTOGRAPHS = 1000
 
 
-def recall(rankings: list[list[int]]) -> str:
-    """R@1 / 5 / 10 in percent of rankings, of which the i-th should begin with i."""
+def recall(rankings: list[list[int]]) -> dict[str, float]:
+    """R@1, 5 and 10 in percent of rankings, of which the i-th should begin with i."""
     places = [ranking.index(right) if right in ranking else DEPTH for right, ranking in enumerate(rankings)]
-    return " / ".join(f"{100 * np.mean(np.array(places) < k):.1f}" for k in (1, 5, 10))
+    return {f"R@{k}": round(100 * float(np.mean(np.array(places) < k)), 2) for k in (1, 5, 10)}
 
 
 def by_words(captions: list[str], sentences: list[str]) -> list[list[int]]:
@@ -49,7 +52,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--queries", type=int, default=400)
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    document: dict[str, Any] = run_facts()
+    rows: list[dict[str, Any]] = []
+
+    def tell(way: str, rankings: list[list[int]], **of: int) -> None:
+        rows.append({"way": way, **of, **recall(rankings)})
+        conditions = "".join(f", {name} {value}" for name, value in of.items())
+        figures = " / ".join(f"{rows[-1][f'R@{k}']:.1f}" for k in (1, 5, 10))
+        print(f"{way}{conditions}: {figures}", flush=True)
+
     base = Base.load(arguments.base)
     captions = [str(caption).split("\n") for caption in base.captions[:PHOTOGRAPHS]]
     sentences = [several[4] for several in captions[: arguments.queries]]
@@ -57,14 +70,18 @@ def main() -> None:
     parts = [model.encode_texts(sentences[start : start + 32]).numpy() for start in range(0, len(sentences), 32)]
     scores = np.concatenate(parts) @ base.images[:PHOTOGRAPHS].astype(np.float32).T
     vectors = np.argsort(-scores, axis=1)[:, :DEPTH].tolist()
-    print(f"R@1 / 5 / 10 over {len(sentences)} captions. Vectors alone: {recall(vectors)}")
+    print(f"R@1 / 5 / 10 over {len(sentences)} captions, by the captions that a photograph has in the gallery")
+    tell("vectors alone", vectors)
     for count in (1, 4):
         words = by_words(["\n".join(several[:count]) for several in captions], sentences)
-        print(f"{count} captions a photograph. Words alone: {recall(words)}")
+        tell("words alone", words, captions=count)
         for constant in CONSTANTS:
             index.captions.RRF_CONSTANT = constant
             fused = [[item for item, _ in index.captions.fuse(pair)] for pair in zip(vectors, words)]
-            print(f"  constant {constant:3}: {recall(fused)}")
+            tell("fused", fused, captions=count, constant=constant)
+    if arguments.json:
+        document |= {"photographs": PHOTOGRAPHS, "queries": len(sentences), "rows": rows}
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

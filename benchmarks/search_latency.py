@@ -1,6 +1,6 @@
 """Time of a search through all of `cots search`, part by part, and beside FAISS alone.
 
-    python benchmarks/search_latency.py [--gallery DIR] [--cold 5] [--warm 200] [--where SQL]
+    python benchmarks/search_latency.py [--gallery DIR] [--cold 5] [--warm 200] [--where SQL] [--json OUT]
 
 Cold: a new process that loads everything. Opening: gallery, snapshot and engine in a fresh process that has imported
 what it needs, and the memory that this takes. Warm: one process, one query after the other; "FAISS alone" is the
@@ -15,9 +15,11 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from run_facts import run_facts
 
 import cots
 from cots.embedded import EMBEDDED_GALLERY
@@ -107,10 +109,15 @@ def warm(searcher: Searcher, count: int, **asked: Any) -> dict[str, np.ndarray]:
     return figures | {"ours": figures["total"] - figures["encode"] - figures["FAISS alone"]}
 
 
-def report(name: str, figures: dict[str, np.ndarray]) -> None:
-    """p50 and p99 of each part on a line."""
-    line = ", ".join(f"{part} {np.median(took):.2f} / {np.percentile(took, 99):.2f}" for part, took in figures.items())
-    print(f"{name}: {line}")
+def report(name: str, figures: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Print and return p50 and p99 of each part."""
+    summary = {
+        part: {"p50_ms": round(float(np.median(took)), 3), "p99_ms": round(float(np.percentile(took, 99)), 3)}
+        for part, took in figures.items()
+    }
+    parts = (f"{part} {each['p50_ms']:.2f} / {each['p99_ms']:.2f}" for part, each in summary.items())
+    print(f"{name}: {', '.join(parts)}", flush=True)
+    return summary
 
 
 def main() -> None:
@@ -119,27 +126,37 @@ def main() -> None:
     parser.add_argument("--cold", type=int, default=5)
     parser.add_argument("--warm", type=int, default=200)
     parser.add_argument("--where", default="kind = 'image'")
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    document: dict[str, Any] = run_facts()
     if arguments.cold:
         seconds = [cold(arguments.gallery) for _ in range(arguments.cold)]
         spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
         print(f"cold: median {statistics.median(seconds):.2f} s ({spread}) over {len(seconds)} processes")
         opened = opening(arguments.gallery)
+        document |= {"cold_s": [round(each, 3) for each in seconds], "opening": opened}
         print("opening: " + ", ".join(f"{name} {value:.2f}" for name, value in opened.items()))
     gallery = cots.open_gallery(arguments.gallery)
     gallery.search(QUERIES[0])
     searcher = gallery._searcher
     assert searcher is not None
-    print(f"{len(gallery.snapshot):,} rows, engine {searcher.index.kind}; milliseconds, p50 / p99")
-    report("vector", warm(searcher, arguments.warm))
-    report("--kind video", warm(searcher, arguments.warm, kind="video"))
-    report(
-        f"--where {arguments.where!r}", warm(searcher, arguments.warm, where=f"{arguments.where} AND id > -1 - {{}}")
-    )
-    report("the same again", warm(searcher, arguments.warm, where=arguments.where))
-    report("--mode text", warm(searcher, arguments.warm, mode="text"))
-    report("--mode hybrid", warm(searcher, arguments.warm, mode="hybrid"))
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024:,} MB")
+    rows, kind = len(gallery.snapshot), searcher.index.kind
+    print(f"{rows:,} rows, engine {kind}; milliseconds, p50 / p99")
+    new = f"{arguments.where} AND id > -1 - {{}}"  # a condition that was not asked with before
+    asked: dict[str, dict[str, Any]] = {
+        "vector": {},
+        "--kind video": {"kind": "video"},
+        f"--where {arguments.where!r}": {"where": new},
+        "the same again": {"where": arguments.where},
+        "--mode text": {"mode": "text"},
+        "--mode hybrid": {"mode": "hybrid"},
+    }
+    searches = {name: report(name, warm(searcher, arguments.warm, **each)) for name, each in asked.items()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    print(f"peak memory {peak:,} MB")
+    if arguments.json:
+        document |= {"rows": rows, "engine": kind, "searches": arguments.warm, "warm": searches, "peak_mb": peak}
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
