@@ -5,7 +5,7 @@
 
 import sys
 
-from cots.errors import CotsError
+from pretrain.command import exit_code
 
 
 def main(arguments: list[str]) -> int:
@@ -13,17 +13,13 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         print("usage: python -m pretrain CONFIG [key=value ...]", file=sys.stderr)
         return 2
-    try:
+
+    def train() -> None:
         from pretrain.launch import launch  # here, so that Ctrl-C while it loads is caught too
 
         launch(arguments[0], arguments[1:])
-    except CotsError as error:
-        sys.stderr.write(f"Error: {error}\n")  # at once: print's two writes mix with other ranks'
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code(train)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import io
 import json
 import sys
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +24,9 @@ import numpy as np
 from cots.data.media_kind import HEADER_BYTES, sniff
 from cots.data.samples import Sample, iter_samples
 from cots.data.video_io import Frames, read_frames
-from cots.errors import CotsError, MediaError, SourceError
+from cots.errors import MediaError, SourceError
+from pretrain.command import exit_code
+from pretrain.whole_shard import Member, write_whole_shard
 
 FRAMES_PER_SECOND = 3.0
 SHORT_SIDE = 224
@@ -74,7 +75,7 @@ def write_frame_cache(
     failures: list[MediaError] = []
     cache = FrameCache([], 0, failures)
     out.parent.mkdir(parents=True, exist_ok=True)
-    pending: list[tuple[str, bytes]] = []
+    pending: list[Member] = []
     size = 0
     samples = iter_samples(sources, failures.append)
     for members in _encode_all(samples, settings, workers, failures):
@@ -108,22 +109,26 @@ def animated(frames: Frames, quality: int) -> bytes:
 
 def _encode_all(
     samples: Iterable[Sample], settings: CacheSettings, workers: int, failures: list[MediaError]
-) -> Iterator[list[tuple[str, bytes]]]:
+) -> Iterator[list[Member]]:
     """The members of each item that can be decoded, in order; threads work a few items ahead."""
     numbered = enumerate(samples)
     with ThreadPoolExecutor(workers) as pool:
-        ahead: list[Future[list[tuple[str, bytes]]]] = []
-        while True:
-            ahead += [pool.submit(_members, *item, settings) for item in islice(numbered, 4 * workers - len(ahead))]
-            if not ahead:
-                return
-            try:
-                yield ahead.pop(0).result()
-            except MediaError as error:
-                failures.append(error)
+        ahead: list[Future[list[Member]]] = []
+        try:
+            while True:
+                ahead += [pool.submit(_members, *item, settings) for item in islice(numbered, 4 * workers - len(ahead))]
+                if not ahead:
+                    return
+                try:
+                    yield ahead.pop(0).result()
+                except MediaError as error:
+                    failures.append(error)
+        finally:
+            for waiting in ahead:
+                waiting.cancel()
 
 
-def _members(number: int, sample: Sample, settings: CacheSettings) -> list[tuple[str, bytes]]:
+def _members(number: int, sample: Sample, settings: CacheSettings) -> list[Member]:
     """(name, content) of an item's media and captions.
 
     Raises:
@@ -148,15 +153,9 @@ def _members(number: int, sample: Sample, settings: CacheSettings) -> list[tuple
     return [(f"{key}.{extension}", content), (f"{key}.json", json.dumps(fields).encode())]
 
 
-def _write_shard(out: Path, number: int, members: list[tuple[str, bytes]]) -> Path:
+def _write_shard(out: Path, number: int, members: list[Member]) -> Path:
     path = out.with_name(f"{out.name}-{number:06}.tar")
-    scratch = path.with_suffix(".tmp")
-    with tarfile.open(scratch, "w") as shard:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            shard.addfile(info, io.BytesIO(content))
-    scratch.replace(path)
+    write_whole_shard(path, members)
     return path
 
 
@@ -183,18 +182,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if min(given.rate, given.short_side, given.workers) <= 0:
         parser.error("--rate, --short-side and --workers must be above 0")
     settings = CacheSettings(given.rate, given.short_side, given.quality)
-    try:
+
+    def fill() -> None:
         cache = write_frame_cache(
             given.sources, given.out, settings, workers=given.workers, max_bad_share=given.max_failures
         )
-    except CotsError as error:
-        print(error, file=sys.stderr)
-        return 1
-    for failure in cache.failures:
-        print(f"left out: {failure}", file=sys.stderr)
-    size = sum(shard.stat().st_size for shard in cache.shards) / 1e6
-    print(f"{cache.items} items in {len(cache.shards)} shards, {size:.1f} MB; {len(cache.failures)} left out")
-    return 0
+        for failure in cache.failures:
+            print(f"left out: {failure}", file=sys.stderr)
+        size = sum(shard.stat().st_size for shard in cache.shards) / 1e6
+        print(f"{cache.items} items in {len(cache.shards)} shards, {size:.1f} MB; {len(cache.failures)} left out")
+
+    return exit_code(fill)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from cots.config import PretrainConfig
-from cots.errors import CotsError
 from cots.evaluation.metrics import recall_sum
 from pretrain.charts import Chart, Series
+from pretrain.command import exit_code
 from pretrain.run_log import RunLog, read_runs
 
 _DIRECTIONS = {"text_to_image": "text to image", "image_to_text": "image to text"}
@@ -350,11 +350,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, metavar="FILE", help="by default report.html in the first run's directory")
     given = parser.parse_args(arguments)
-    try:
-        print(write_report(given.runs, given.out))
-    except CotsError as error:
-        sys.exit(f"Error: {error}")
+    print(write_report(given.runs, given.out))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

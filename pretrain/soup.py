@@ -20,9 +20,9 @@ from torch import Tensor
 
 from cots.config import DataConfig, PretrainConfig, SourceConfig, read_config
 from cots.data.square_transform import SquareTransform
-from cots.errors import CotsError
 from cots.model.model_directory import read_model, save_model
 from cots.model.pretrained import model_directory
+from pretrain.command import exit_code
 from pretrain.start import starting_encoder, starting_tokenizer
 from pretrain.validation import Metrics, Validation, criterion
 
@@ -86,7 +86,8 @@ def _line(results: dict[str, Metrics]) -> str:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line; see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--out", type=Path, required=True)
@@ -96,10 +97,11 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if not arguments.start and not (arguments.runs and arguments.validation):
         parser.error("give runs and --validation, or --start")
-    try:
-        if arguments.start:
-            save_start(read_config(arguments.start, arguments.set), arguments.out)
-        else:
-            greedy_soup(arguments.runs, arguments.out, arguments.validation)
-    except CotsError as error:
-        sys.exit(f"Error: {error}")
+    if arguments.start:
+        save_start(read_config(arguments.start, arguments.set), arguments.out)
+    else:
+        greedy_soup(arguments.runs, arguments.out, arguments.validation)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -18,7 +18,6 @@ the size of its tower, for small towers on large grids, and where the pictures a
 import argparse
 import io
 import sys
-import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,8 +32,10 @@ from cots.data.media_kind import HEADER_BYTES, MEDIA_EXTENSIONS, sniff
 from cots.data.shards import MEMBER_SEPARATOR, TarIndex
 from cots.data.square_transform import SquareTransform
 from cots.data.visual_tokens import MOST_CODES, pack_tokens, tokens_extension
-from cots.errors import CotsError, MediaError, SourceError
+from cots.errors import MediaError, SourceError
 from cots.model.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
+from pretrain.command import exit_code
+from pretrain.whole_shard import write_whole_shard
 
 _AT_ONCE = 64
 
@@ -85,14 +86,10 @@ def tokenize_shards(
             if target.exists() and target.samefile(shard):
                 raise SourceError(f"{shard} would be written over itself; give another folder with --out.")
             out.mkdir(parents=True, exist_ok=True)
-            scratch = target.with_suffix(".tmp")
-            with tarfile.open(scratch, "w") as tar:
-                for key, parts in _with_tokens(index, transform, tokenizer, grid, extension, threads, done):
-                    for name, content in parts.items():
-                        info = tarfile.TarInfo(f"{key}.{name}")
-                        info.size = len(content)
-                        tar.addfile(info, io.BytesIO(content))
-            scratch.replace(target)
+            pairs = _with_tokens(index, transform, tokenizer, grid, extension, threads, done)
+            write_whole_shard(
+                target, ((f"{key}.{name}", content) for key, parts in pairs for name, content in parts.items())
+            )
     return done
 
 
@@ -154,18 +151,14 @@ def _main() -> None:
     parser.add_argument("--workers", type=int, default=4, help="threads that decode")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
-    try:
-        tokenizer = load_visual_tokenizer(given.tokenizer).to(given.device)
-        done = tokenize_shards(
-            given.shards, tokenizer, given.out, grid=given.grid, image_size=given.image_size, workers=given.workers
-        )
-    except CotsError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(1)
+    tokenizer = load_visual_tokenizer(given.tokenizer).to(given.device)
+    done = tokenize_shards(
+        given.shards, tokenizer, given.out, grid=given.grid, image_size=given.image_size, workers=given.workers
+    )
     for name, reason in done.bad:
         print(f"unreadable, copied without tokens: {name}: {reason}", file=sys.stderr)
     print(f"{done.pictures} pictures tokenized, {done.clips} clips and {len(done.bad)} unreadable pictures copied.")
 
 
 if __name__ == "__main__":
-    _main()
+    sys.exit(exit_code(_main))

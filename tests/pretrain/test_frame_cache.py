@@ -2,7 +2,9 @@
 
 import io
 import json
+import signal
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -79,3 +81,23 @@ def test_fields_of_the_json_are_kept(source: Path, tmp_path: Path) -> None:
     with tarfile.open(shard) as tar:
         documents = [json.load(tar.extractfile(member)) for member in tar if member.name.endswith(".json")]
     assert documents[0] == {"captions": ["a boat", "a ship"], "group": "boats", "licence": "CC0"}
+
+
+def test_ctrl_c_is_one_line_and_waits_for_no_clip_that_is_not_begun(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = [(f"{number}.mp4", mp4(), {"captions": ["a boat"]}) for number in range(8)]
+    shard = write_shard(tmp_path / "clips.tar", clips)
+    begun: list[int] = []
+
+    def slow(number: int, *_: object) -> list[tuple[str, bytes]]:
+        begun.append(number)
+        if number == 0:
+            signal.raise_signal(signal.SIGINT)  # which the main thread gets
+        time.sleep(0.5)
+        return []
+
+    monkeypatch.setattr("pretrain.frame_cache._members", slow)
+    assert main([str(shard), "--out", str(tmp_path / "out"), "--workers", "1"]) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+    assert len(begun) < 4

@@ -91,3 +91,15 @@ def test_the_command_names_what_it_could_not_read(
 def test_a_shard_is_not_written_over_itself(tokenizer: VisualTokenizer, shards: Path) -> None:
     with pytest.raises(SourceError, match="would be written over itself"):
         tokenize_shards([shards / "val-0.tar"], tokenizer, shards, grid=3)
+
+
+def test_what_stops_it_leaves_no_part_of_a_shard(
+    tokenizer: VisualTokenizer, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(pixels: torch.Tensor, grid: int) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizer, "tokens", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_shards([shards / "val-0.tar"], tokenizer, tmp_path / "out", grid=3)
+    assert list((tmp_path / "out").iterdir()) == []
