@@ -100,8 +100,8 @@ def _serve(connection: Connection, recipe: Recipe) -> None:
     except CotsError as error:
         connection.send(error)
         return
-    connection.send(Outcomes())
-    with suppress(BrokenPipeError):
+    with suppress(BrokenPipeError, ConnectionResetError):
+        connection.send(Outcomes())
         work(inbox, model, recipe, connection.send)
 
 
