@@ -135,11 +135,14 @@ def test_a_file_that_crashes_its_decoder_is_named_and_the_rest_is_there(
     assert check(tmp_path / "gallery", tiny_model) == []
 
 
-# Tells each step that it has done. Its workers inherit stderr.
+# Tells each step that it has done. Its workers inherit stderr. It commits once, at its end: Ctrl-C during a commit may
+# lose what that was to keep.
 BUILD = """
 import sys
+import index.writer
 from cots.model.pretrained import load_model
 from index.build import build
+index.writer.COMMIT_SECONDS = 3600
 try:
     model = load_model(sys.argv[2], device="cpu")
     build(["photos"], "gallery", model, workers=2, progress=lambda step: print(step.done, file=sys.stderr, flush=True))
