@@ -26,12 +26,13 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from cots.bad_files import ENOUGH_TO_JUDGE, require_readable
 from cots.data.decode_ahead import Decoded, MediaDecoder
 from cots.data.device_turns import DeviceTurns
 from cots.data.frame_sampling import EVERY_SECOND, FrameSampling
 from cots.data.gpu_jpeg import gpu_jpeg_decoder
 from cots.data.samples import Sample
-from cots.errors import MediaError, ModelError, SourceError
+from cots.errors import MediaError, ModelError
 from cots.model.retrieval_model import RetrievalModel
 from cots.moments import Moment, pool_video
 from cots.single_core import single_core_threads
@@ -40,7 +41,6 @@ from cots.stopwatch import Stopwatch
 CPU_BATCH = 4
 GPU_BATCH = 128
 GPU_ENCODERS = 2
-ENOUGH_TO_JUDGE = 20
 log = logging.getLogger("cots")
 
 
@@ -223,25 +223,6 @@ def _parquet_rows(item: Embedded) -> Iterator[dict[str, Any]]:
 def cores() -> int:
     """Cores that this process may use, which in a container are fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def require_readable(failed: int, seen: int, max_bad_share: float, last: MediaError, enough: int) -> None:
-    """Stop a run of which too many samples cannot be read.
-
-    Args:
-        failed, seen: unreadable samples, and all so far.
-        max_bad_share: the share of these that is allowed.
-        last: the last one's error.
-        enough: samples that must have been seen.
-
-    Raises:
-        SourceError: more are unreadable.
-    """
-    if seen >= enough and failed > max_bad_share * seen:
-        raise SourceError(
-            f"{failed} of {seen} files could not be read, more than the allowed share of {max_bad_share:g} "
-            f"(the last one: {last}); mend the source or allow more."
-        )
 
 
 class _Encoder:

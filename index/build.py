@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 
+from cots.bad_files import BadFiles
 from cots.data.samples import Sample
 from cots.embed import Embedded, Progress, cores, embed
 from cots.errors import GalleryError, MediaError
@@ -28,6 +29,11 @@ from index.writer import TableWriter
 
 if TYPE_CHECKING:
     from cots.model.retrieval_model import RetrievalModel
+
+_ADVICE = (
+    "what was embedded before is in the gallery, and the next build goes on from there: mend the files, or allow more "
+    "(--max-failures)"
+)
 
 
 @dataclass
@@ -58,6 +64,11 @@ class BuildReport:
     embedding_seconds: float = 0.0
     items: int = 0
     vectors: int = 0
+
+    @property
+    def settled(self) -> int:
+        """Items of the sources that needed no embedding."""
+        return self.unchanged + self.moved + self.relabelled
 
     @property
     def rate(self) -> float:
@@ -93,7 +104,9 @@ def build(
         table: the folder, or the address in an object store, that is to hold a new gallery's table, see `index.place`;
             by default the gallery's directory. A gallery that is there knows its own.
         prune: remove the items whose files are gone, from whichever source they came.
-        batch_size, max_bad_share, progress: see `cots.embed.embed`.
+        batch_size, progress: see `cots.embed.embed`.
+        max_bad_share: the share of the sources' files that may be unreadable. When more are, the build stops; what it
+            has embedded stays in the gallery. 1 never stops.
         threads: cores that each process decodes with; by default all are shared out.
         workers: processes that embed, see `index.workers`; by default this one does. On a cluster: actors.
         cluster: address of a Ray cluster that embeds, see `index.cluster`, or "auto"; None: this machine does.
@@ -101,7 +114,8 @@ def build(
         on_error: called with each file that cannot be read; the report lists them too.
 
     Raises:
-        SourceError: a source does not exist or holds no media; or too many files are unreadable.
+        SourceError: a source does not exist or holds no media; or more files are unreadable than `max_bad_share`
+            allows.
         GalleryError: another model built the gallery, another process is changing it, it cannot be written to, there
             is no such engine, or its table lies elsewhere, is another's or cannot be reached.
         MissingDependency: the engine needs FAISS, which is not installed.
@@ -111,12 +125,8 @@ def build(
     if table is not None:
         TablePlace.parse(table)
     started = time.perf_counter()
-    report = BuildReport()
-
-    def failed(error: MediaError) -> None:
-        report.failed.append(error)
-        on_error(error)
-
+    failed = BadFiles(max_bad_share, on_error, _ADVICE)
+    report = BuildReport(failed=failed.errors)
     alone = workers is None and cluster is None
     stream = list_samples(sources, failed, processes=1 if alone else cores())
     first = list(islice(stream, 1))  # a source that cannot be used says so here, before a gallery is made
@@ -128,10 +138,11 @@ def build(
         writer = TableWriter(gallery, _reserve_ids(gallery))
         try:
             wanted = _sort_out(_each_once(chain(first, stream), gallery), known, writer, report, failed)
+            failed.of(report.settled + len(wanted) + len(report.failed))
             begun = time.perf_counter()
             items = {sample.path: item for sample, item in wanted}
             samples = [sample for sample, _ in wanted]
-            telling = {"on_error": failed, "max_bad_share": max_bad_share, "progress": progress}
+            telling = {"on_error": failed, "progress": progress}
             name, device = gallery.manifest.model, str(model.device)
             recipe = Recipe(name, model.fingerprint, device, threads, batch_size, model.bulk)
             with closing(_embedded(samples, model, recipe, workers, ray, **telling)) as embedded:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from cots.data.samples import Sample
-from cots.embed import ENOUGH_TO_JUDGE, Embedded, Progress, embed, require_readable
+from cots.embed import Embedded, Progress, embed
 from cots.errors import MediaError, ModelError
 from cots.moments import Moment
 from index.ledger import Ledger
@@ -193,7 +193,6 @@ def embed_with(
     samples: Sequence[Sample],
     *,
     on_error: Callable[[MediaError], None],
-    max_bad_share: float = 1.0,
     progress: Callable[[Progress], None] | None = None,
 ) -> Iterator[Embedded]:
     """As `cots.embed.embed`, by a crew, and in the order in which results come. The crew ends with it.
@@ -201,25 +200,22 @@ def embed_with(
     A sample that kills its worker twice is unreadable, and the run goes on.
 
     Raises:
-        SourceError: more samples are unreadable than `max_bad_share` allows.
         CotsError: workers cannot load the model, or die whatever they are given.
     """
     ledger = Ledger(samples, crew.size, crew.window)
     ready: set[int] = set()
     started = time.perf_counter()
     done = failed = 0
-    last: MediaError | None = None
 
     def tell() -> None:
         if progress is not None:
             progress(Progress(done, failed, len(samples), time.perf_counter() - started))
 
     def fail(error: MediaError) -> None:
-        nonlocal failed, last
-        failed, last = failed + 1, error
+        nonlocal failed
+        failed += 1
         on_error(error)
         tell()
-        require_readable(failed, done + failed, max_bad_share, error, ENOUGH_TO_JUDGE)
 
     with closing(crew):
         while not ledger.finished:
@@ -248,5 +244,3 @@ def embed_with(
                 positions = ledger.take(worker)
                 if positions:
                     crew.give(worker, [(position, samples[position]) for position in positions])
-    if last is not None:
-        require_readable(failed, done + failed, max_bad_share, last, enough=1)

@@ -7,7 +7,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS: dict[int, list[tuple[str, ...]]] = {  # the parts of each floor; a part may be several modules
     1: [
-        ("cots.errors", "cots.embedded", "cots.full_precision", "cots.onednn", "cots.recording", "cots.single_core"),
+        (
+            "cots.bad_files",
+            "cots.errors",
+            "cots.embedded",
+            "cots.full_precision",
+            "cots.onednn",
+            "cots.recording",
+            "cots.single_core",
+        ),
         ("cots.stopwatch",),
     ],
     2: [("cots.settings", "cots.config", "cots.model_config", "cots.tokenizer_config")],

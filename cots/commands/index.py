@@ -9,6 +9,7 @@ from cots.commands.options import (
     GalleryDirectory,
     GalleryOption,
     JsonFlag,
+    MaxFailures,
     ModelOption,
     Sources,
     gallery_or_embedded,
@@ -59,6 +60,7 @@ def build(
             envvar="RAY_ADDRESS", metavar="ADDRESS", help="Embed on a Ray cluster; `auto`: the one this machine is in."
         ),
     ] = None,
+    max_failures: MaxFailures = 1.0,
 ) -> None:
     """Create a gallery, or bring it up to date.
 
@@ -78,6 +80,7 @@ def build(
             batch_size=batch_size,
             workers=workers,
             cluster=cluster,
+            max_bad_share=max_failures,
             engine=engine,
             recall_target=recall,
             on_error=complain,

@@ -18,6 +18,17 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document 
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Pictures encoded at once; by default what suits the device.")
 ]
+MaxFailures = Annotated[
+    float,
+    typer.Option(
+        "--max-failures",
+        min=0,
+        max=1,
+        metavar="SHARE",
+        help="Stop when more than this share of the files cannot be read; by default it goes on without them.",
+        show_default=False,
+    ),
+]
 Sources = Annotated[
     list[str],
     typer.Argument(metavar="SOURCE", help="Files, folders, globs, .tar shards, or .jsonl/.csv/.parquet tables."),
