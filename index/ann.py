@@ -236,5 +236,5 @@ def installed_faiss() -> Any:
     try:
         import faiss
     except ImportError as error:
-        raise MissingDependency("faiss", "pip install 'cots[cpu]'") from error
+        raise MissingDependency("faiss", "pip install 'cots[cpu]' (or 'cots[gpu]', never both)") from error
     return faiss

@@ -171,7 +171,7 @@ class TablePlace:
         try:
             import lancedb
         except ImportError as error:
-            raise MissingDependency("lancedb", "pip install 'cots[cpu]'") from error
+            raise MissingDependency("lancedb", "pip install 'cots[gallery]'") from error
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         # LanceDB reads it from the environment itself, except before it refuses a bucket whose name has dots.
         options = {"region": region} if region and self.address.startswith("s3://") else None

@@ -68,7 +68,7 @@ class PyAVVideo:
         try:
             import av
         except ImportError as error:
-            raise MissingDependency("av (PyAV)", "pip install 'cots[cpu]'") from error
+            raise MissingDependency("av (PyAV)", "pip install 'cots[gallery]'") from error
         self._errors = (av.FFmpegError, OSError, ValueError, IndexError)
         self._source = source
         self._name = name

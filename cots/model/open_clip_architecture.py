@@ -20,7 +20,7 @@ def import_open_clip() -> ModuleType:
     try:
         import open_clip
     except ImportError as error:
-        raise MissingDependency("open_clip_torch", "pip install 'cots[open_clip]'") from error
+        raise MissingDependency("open_clip_torch", "pip install 'cots[open-clip]'") from error
     return open_clip
 
 
