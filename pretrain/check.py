@@ -155,7 +155,7 @@ def _count_steps(
     queue, epoch = config.objective.contrastive.queue_size, per_epoch * step_pairs
     if queue > epoch:
         report.warnings.append(
-            f"objective.contrastive.queue_size is {queue:,}, and an epoch has {epoch:,} pairs, which would stand in the "
+            f"objective.contrastive.queue_size is {queue:,}, and an epoch has {epoch:,} pairs, which would be in the "
             "queue several times, as the towers of past epochs saw them; set a part of that, or 0 with "
             "contrastive.in_batch=online."
         )
