@@ -136,11 +136,21 @@ def refuse_other_training(path: Path, before: dict[str, Any], now: dict[str, Any
         raise ConfigError(f"{path} is of another kind of training; start a new training.output.")
     for section in before:
         for name in before[section] | now[section]:
-            if name not in free.get(section, ()) and before[section].get(name) != now[section].get(name):
+            values = before[section].get(name), now[section].get(name)
+            if name not in free.get(section, ()) and values[0] != values[1]:
+                setting, earlier, given = _first_difference(f"{section}.{name}", *values)
                 raise ConfigError(
-                    f"{path} was trained with {section}.{name}={before[section].get(name)}, not "
-                    f"{now[section].get(name)}; give the same value or start a new training.output."
+                    f"{path} was trained with {setting}={earlier}, not {given}; give the same value or start a new "
+                    "training.output."
                 )
+
+
+def _first_difference(setting: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """The first single setting below one in which two values differ, and its two values."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return setting, before, now
+    name = next(name for name in before | now if before.get(name) != now.get(name))
+    return _first_difference(f"{setting}.{name}", before.get(name), now.get(name))
 
 
 def refuse_other_items(path: Path, before: list[int] | None, now: list[int]) -> None:

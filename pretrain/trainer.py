@@ -59,10 +59,10 @@ class Run(TrainingRun[PretrainConfig, Batch]):
         if self.device.type == "cuda" and config.data.workers and config.data.cache_side is None:
             # it imports what the loader's workers run while the networks are built
             start_server(["open_clip"] if config.model.text_tower.name.startswith(OPEN_CLIP) else [])
+        self._open_sources()  # before networks are built that a checkpoint may not fit
         self.stepper = create_step(config, ranks)
         self.tokenizer = self.stepper.tokenizer
         self.cost: StepCost | None = None
-        self._open_sources()
         masked = config.objective.masked_modeling
         self.tokenized = self._tokenized_pairs() if masked.image_weight and masked.stored_tokens else None
         self.validation: Validation | None = None

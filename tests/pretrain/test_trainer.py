@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
+from cots.commands.application import app
 from cots.config import PretrainConfig
 from cots.errors import ConfigError, SourceError, TrainingError
 from cots.model.pretrained import load_model
@@ -150,6 +152,23 @@ def test_a_run_is_not_overwritten(make_config: MakeConfig) -> None:
         pretrain(config.model_copy(update={"training": other_batches}))
     written = yaml.safe_load((Path(config.training.output) / "config.yaml").read_text())
     assert written == config.model_dump(mode="json")  # what was refused is not noted as what was trained
+
+
+def test_a_run_of_another_architecture_is_refused_by_the_setting_that_differs(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(training={"epochs": 0.2})
+    pretrain(config)
+    path = str(_write(config, tmp_path / "run.yaml"))
+    for override, sentence in (
+        ("model.image_tower.architecture.depth=3", "model.image_tower.architecture.depth=2, not 3"),
+        ("model.image_tower.name=resnet18", "model.image_tower.name=vit_tiny_patch16_224, not resnet18"),
+        ("model.text_tower.layers=5", "model.text_tower.layers=2, not 5"),
+    ):
+        done = CliRunner().invoke(app, ["pretrain", path, "training.resume=true", override])
+        assert isinstance(done.exception, ConfigError)
+        said = str(done.exception)
+        assert said.endswith(f"was trained with {sentence}; give the same value or start a new training.output.")
 
 
 def test_a_run_goes_on_from_a_checkpoint_that_knows_fewer_settings(make_config: MakeConfig) -> None:
