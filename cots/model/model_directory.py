@@ -47,12 +47,10 @@ def save_model(
     settings = model.config.model_dump(mode="json")
     settings["text_tower"]["tokenizer"] = ""
     config = {"format": FORMAT, "model": settings, "weights_dtype": weights_dtype}
-    _write(directory / "tokenizer.json", tokenizer.to_json().encode())
-    _write(directory / "MODEL_CARD.md", (card or "# A COTS model\n").encode())
-    _write(directory / "config.json", json.dumps(config, indent=2).encode() + b"\n")
-    scratch = directory / "model.safetensors.tmp"
-    save_file(stored, scratch)
-    scratch.replace(directory / "model.safetensors")
+    write_whole(directory / "tokenizer.json", tokenizer.to_json().encode())
+    write_whole(directory / "MODEL_CARD.md", (card or "# A COTS model\n").encode())
+    write_whole(directory / "config.json", json.dumps(config, indent=2).encode() + b"\n")
+    write_weights(directory / "model.safetensors", stored)
     return fingerprint_of(stored, _transform_of(model.config), (directory / "tokenizer.json").read_bytes())
 
 
@@ -190,6 +188,20 @@ def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], origin: str
     model.load_state_dict(weights)
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file of a model's directory, or leave what is there."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_bytes(content)
+    scratch.replace(path)
+
+
+def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
+    """Write weights as they are, or leave what is there."""
+    scratch = path.with_name(path.name + ".tmp")
+    save_file(weights, scratch)
+    scratch.replace(path)
+
+
 def fingerprint_of(stored: dict[str, Tensor], transform: dict[str, Any], tokenizer: bytes) -> str:
     """32 hexadecimal digits over the stored weights (names, types, shapes, bytes), the transform and the tokenizer."""
     digest = hashlib.blake2b(digest_size=16)
@@ -247,9 +259,3 @@ def _unpack(stored: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
         else:
             weights[name] = value.float() if value.is_floating_point() else value
     return weights
-
-
-def _write(path: Path, content: bytes) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_bytes(content)
-    scratch.replace(path)

@@ -30,14 +30,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cots.embedded import EMBEDDED_VISUAL_TOKENIZER
 from cots.errors import ConfigError, ModelError
 from cots.full_precision import full_precision
-from cots.model.model_directory import fingerprint_of, load_weights
+from cots.model.model_directory import fingerprint_of, load_weights, write_weights, write_whole
 from cots.settings import validate_config
 from cots.tokenizer_config import VisualTokenizerConfig
 
@@ -236,11 +236,9 @@ def save_visual_tokenizer(
     stored = {name: value.detach().to("cpu", dtype).contiguous() for name, value in tokenizer.state_dict().items()}
     settings = tokenizer.config.model_dump(mode="json")
     config = {"format": FORMAT, "visual_tokenizer": settings, "weights_dtype": weights_dtype}
-    _write(directory / "MODEL_CARD.md", (card or "# A COTS visual tokenizer\n").encode())
-    _write(directory / "config.json", json.dumps(config, indent=2).encode() + b"\n")
-    scratch = directory / "model.safetensors.tmp"
-    save_file(stored, scratch)
-    scratch.replace(directory / "model.safetensors")
+    write_whole(directory / "MODEL_CARD.md", (card or "# A COTS visual tokenizer\n").encode())
+    write_whole(directory / "config.json", json.dumps(config, indent=2).encode() + b"\n")
+    write_weights(directory / "model.safetensors", stored)
 
 
 def load_visual_tokenizer(name: str) -> VisualTokenizer:
@@ -296,9 +294,3 @@ def _read_config(path: Path) -> VisualTokenizerConfig:
         return validate_config(VisualTokenizerConfig, values, str(path))
     except ConfigError as error:
         raise ModelError(str(error)) from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_bytes(content)
-    scratch.replace(path)
