@@ -16,10 +16,10 @@ from cots.commands.options import (
 )
 from cots.commands.terminal import counted, on_one_line, print_json, progress_bar
 from cots.errors import CotsError
+from index.engine_names import ENGINES, ENGINES_IN_WORDS
 
 app = typer.Typer(help="Build and look after a gallery.", no_args_is_help=True, rich_markup_mode=None)
 
-ENGINES = "auto, exact, hnsw, ivf or ivfpq"
 RecallTarget = Annotated[
     float | None,
     typer.Option(
@@ -43,7 +43,8 @@ def build(
     prune: Annotated[bool, typer.Option("--prune", help="Remove items whose files are gone.")] = False,
     batch_size: BatchSize = None,
     engine: Annotated[
-        str | None, typer.Option(metavar="ENGINE", help=f"{ENGINES}; by default what the gallery has, at first auto.")
+        str | None,
+        typer.Option(metavar="ENGINE", help=f"{ENGINES_IN_WORDS}; by default what the gallery has, at first auto."),
     ] = None,
     recall: RecallTarget = None,
     workers: Annotated[
@@ -131,7 +132,7 @@ def info(gallery: GalleryOption = None, json_output: JsonFlag = False) -> None:
 
 @app.command("engine")
 def engine(
-    engine: Annotated[str, typer.Argument(metavar="ENGINE", help=f"{ENGINES}.")],
+    engine: Annotated[str, typer.Argument(metavar="ENGINE", help=f"{ENGINES_IN_WORDS}.")],
     gallery: GalleryDirectory,
     recall: RecallTarget = None,
 ) -> None:
@@ -219,5 +220,5 @@ def check(gallery: GalleryOption = None) -> None:
 
 
 def _require_engine(engine: str | None) -> None:
-    if engine is not None and engine not in ("auto", "exact", "hnsw", "ivf", "ivfpq"):
-        raise typer.BadParameter(f"the engine is {ENGINES}, not {engine!r}")
+    if engine is not None and engine not in ENGINES:
+        raise typer.BadParameter(f"the engine is {ENGINES_IN_WORDS}, not {engine!r}")

@@ -82,6 +82,8 @@ def test_importing_and_help_load_nothing_heavy() -> None:
         "search dog --kind painting",
         "index build photos",
         "index build --gallery g",
+        "index build photos --gallery g --engine flat",
+        "index engine flat --gallery g",
         "index remove --gallery g",
         "index nonesuch",
         "embed photos",
