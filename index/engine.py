@@ -2,7 +2,7 @@
 
 exact    every vector is compared; no structure
 hnsw, ivf, ivfpq    see `index.ann`
-auto     the quickest of these that fits in memory
+auto     the quickest of these that fits in memory; exact, if every hit must be the best
 
 A model on a GPU takes the search of large galleries there: `exact` and `auto` are then answered by `index.exact_gpu`,
 which is as quick as what "auto" stands for, if the vectors fit into the GPU's memory.
@@ -51,14 +51,15 @@ class SearchEngine(Protocol):
         """The k best of the allowed rows for each query: scores (Q, K) and ids (Q, K), best first."""
 
 
-def choose_engine(count: int, dimension: int, memory: int) -> str:
+def choose_engine(count: int, dimension: int, memory: int, recall_target: float) -> str:
     """What "auto" stands for.
 
     Args:
         count, dimension: of the vectors.
         memory: available bytes; a structure may take half of them.
+        recall_target: if it is 1, only to compare everything is sure to reach it.
     """
-    if count * dimension <= EXACT_NUMBERS or find_spec("faiss") is None:
+    if count * dimension <= EXACT_NUMBERS or recall_target == 1 or find_spec("faiss") is None:
         return "exact"
     room = MEMORY_SHARE * memory
     if count <= HNSW_VECTORS and count * (2 * dimension + 8 * HNSW_LINKS + 16) <= room:
@@ -76,7 +77,7 @@ def open_engine(
 
     Args:
         gallery: to be searched.
-        model: what built it, for queries to tune with; without it noisy vectors do.
+        model: what built it, which embeds the queries to tune with; without it noisy vectors do.
         device: where to search; by default where the model is, and without one on the CPU.
     """
     if device is None and model is not None:
@@ -131,7 +132,7 @@ def set_engine(
         gallery_dir: the gallery.
         engine: one of `ENGINES`.
         recall_target: at 10, above 0 and at most 1; by default what the gallery has.
-        model: what built the gallery, to tune with captions.
+        model: what built the gallery, to tune with sentences.
 
     Returns:
         what `index.build.info` says of the engine.
@@ -186,7 +187,7 @@ def renew_engine(
     snapshot = gallery.snapshot
     kind = requested
     if requested == "auto":
-        kind = choose_engine(len(snapshot), gallery.manifest.dimension, available_memory())
+        kind = choose_engine(len(snapshot), gallery.manifest.dimension, available_memory(), target)
     gallery.manifest = replace(manifest, requested=requested, recall_target=target)
     if kind == "exact" or not len(snapshot):
         gallery.manifest = replace(gallery.manifest, engine="exact", structure=None)

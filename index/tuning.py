@@ -3,8 +3,13 @@
 Recall is measured with text, because that is what people ask with: images and captions lie in different parts of the
 space, and a structure that finds an image's neighbours with ease may miss a sentence's. Half of the queries choose the
 effort, the other half are asked only once, for the figures that are reported.
+
+A gallery without captions is asked with those of the embedded gallery's photographs. On 100,000 photographs with a
+target of 0.9, they choose an effort at which the photographs' own captions find 0.99 of the ten best, and everyday
+nouns 0.92 to 0.90 (cells, graph); vectors with noise one at which these find 0.89 to 0.94, and 0.75 to 0.79.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from cots.embedded import EMBEDDED_GALLERY
 from index.ann import GRAPH_BREADTH, AnnIndex, Effort
 from index.exact import exact_search
 
@@ -35,7 +41,7 @@ Recall = TypeVar("Recall", float, np.ndarray)
 
 @dataclass(frozen=True)
 class Queries:
-    """Queries (Q, D) float32 of unit norm, and what they are: "captions" or "noisy vectors"."""
+    """Queries (Q, D) float32 of unit norm, and what they are: "captions", "everyday sentences" or "noisy vectors"."""
 
     vectors: np.ndarray
     origin: str
@@ -57,24 +63,38 @@ class Measured:
 
 
 def draw_queries(snapshot: "Snapshot", model: "RetrievalModel | None") -> Queries:
-    """Queries such as a gallery will get: its own captions, embedded by its model; else its vectors with noise.
+    """Queries such as a gallery will get, embedded by its model: its own captions, or if these are few, sentences of
+    other photographs. Without a model, its vectors with noise.
 
     Args:
         snapshot: of at least one row.
         model: the gallery's; None if there is none at hand.
     """
     rng = np.random.default_rng(1)
-    captions = snapshot.rows.filter(~snapshot.moments)["caption"].unique().to_pylist() if model else []
-    captions = [caption for caption in captions if caption]
-    if model is not None and len(captions) >= FEW_CAPTIONS:
-        chosen = rng.permutation(len(captions))[:QUERIES]
-        sentences = [_one_of(captions[row].splitlines(), rng) for row in chosen]
-        return Queries(model.encode_texts(sentences).numpy().astype(np.float32), "captions")
+    if model is not None:
+        captions = [text for text in snapshot.rows.filter(~snapshot.moments)["caption"].unique().to_pylist() if text]
+        if len(captions) >= FEW_CAPTIONS:
+            chosen = rng.permutation(len(captions))[:QUERIES]
+            sentences = [_one_of(captions[row].splitlines(), rng) for row in chosen]
+            return Queries(model.encode_texts(sentences).numpy().astype(np.float32), "captions")
+        sentences = everyday_sentences()
+        if len(sentences) >= FEW_CAPTIONS:
+            return Queries(model.encode_texts(sentences).numpy().astype(np.float32), "everyday sentences")
     rows = rng.integers(0, len(snapshot), min(QUERIES, 4 * len(snapshot)))
     vectors = snapshot.vectors[rows].astype(np.float32)
     noise = rng.standard_normal(vectors.shape).astype(np.float32)
     vectors += NOISE * noise / np.linalg.norm(noise, axis=1, keepdims=True)
     return Queries(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), "noisy vectors")
+
+
+def everyday_sentences() -> list[str]:
+    """Up to `QUERIES` captions of the embedded gallery's photographs; none where it was left out of an installation."""
+    try:
+        lines = (EMBEDDED_GALLERY / "items.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    items = [json.loads(line) for line in lines]
+    return [text for item in items if item["source"] == "photographs" for text in item["captions"]][:QUERIES]
 
 
 def _one_of(sentences: list[str], rng: np.random.Generator) -> str:

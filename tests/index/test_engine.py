@@ -65,7 +65,7 @@ def test_an_engine_is_made_measured_and_reported(
     assert (facts["engine"], facts["requested"], facts["recall_target"]) == (kind, kind, 0.95)
     assert facts["recall"].keys() == {"1", "10"}  # a hundred rows there are not
     assert facts["recall"]["10"] >= 0.95
-    assert facts["recall_queries"] == "42 noisy vectors"
+    assert facts["recall_queries"] == "256 everyday sentences"
     assert facts["bytes_per_vector"] > 8
     assert facts["build_seconds"] >= 0
     assert facts["latency_ms"]["p50"] <= facts["latency_ms"]["p99"]
@@ -95,6 +95,15 @@ def test_captions_are_what_it_is_measured_with(tmp_path: Path, tiny_model: Retri
     (tmp_path / "items.jsonl").write_text("\n".join(rows))
     build([tmp_path / "items.jsonl"], tmp_path / "gallery", tiny_model, engine="ivf")
     assert info(tmp_path / "gallery")["recall_queries"] == "30 captions"
+
+
+def test_a_gallery_without_captions_is_measured_with_sentences_or_without_a_model_with_noise(
+    gallery: Gallery, tiny_model: RetrievalModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert set_engine(gallery.directory, "ivf", model=tiny_model)["recall_queries"] == "256 everyday sentences"
+    assert set_engine(gallery.directory, "ivf")["recall_queries"] == "42 noisy vectors"
+    monkeypatch.setattr("index.tuning.EMBEDDED_GALLERY", tmp_path)  # was left out
+    assert set_engine(gallery.directory, "ivf", model=tiny_model)["recall_queries"] == "42 noisy vectors"
 
 
 @BY_KIND
@@ -279,18 +288,19 @@ def test_an_empty_gallery_has_an_exact_engine(photos: Path, gallery: Gallery, ti
 
 
 @pytest.mark.parametrize(
-    ("count", "memory_gb", "expected"),
+    ("count", "memory_gb", "target", "expected"),
     [
-        (3_870, 16, "exact"),
-        (250_000, 16, "hnsw"),
-        (500_000, 16, "ivf"),
-        (500_000, 0.3, "ivfpq"),
-        (10_000_000, 64, "ivf"),
-        (10_000_000, 4, "ivfpq"),
+        (3_870, 16, 0.95, "exact"),
+        (250_000, 16, 0.95, "hnsw"),
+        (500_000, 16, 0.99, "ivf"),
+        (500_000, 0.3, 0.95, "ivfpq"),
+        (10_000_000, 64, 0.95, "ivf"),
+        (10_000_000, 4, 0.95, "ivfpq"),
+        (10_000_000, 4, 1.0, "exact"),
     ],
 )
-def test_auto_picks_by_size_and_memory(count: int, memory_gb: float, expected: str) -> None:
-    assert choose_engine(count, 256, int(memory_gb * 1e9)) == expected
+def test_auto_picks_by_size_memory_and_target(count: int, memory_gb: float, target: float, expected: str) -> None:
+    assert choose_engine(count, 256, int(memory_gb * 1e9), target) == expected
 
 
 def test_auto_is_chosen_anew_as_the_gallery_grows(
