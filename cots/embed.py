@@ -107,7 +107,8 @@ def embed(
     Args:
         samples: what to embed; read only as far ahead as the decoders are.
         model: encodes the pictures.
-        on_error: called with each sample that cannot be read, in order.
+        on_error: called with each sample that cannot be read, in order, and with each video, as soon as it comes, if
+            the model handles none.
         batch_size: pictures that the model encodes at once. By default 128 on a GPU and 4 on a CPU, whose caches do
             not hold the activations of more.
         workers: decoding threads; by default one a core.
@@ -139,14 +140,25 @@ def embed(
     gpu_jpegs = gpu_jpeg_decoder(model.square, model.device)
     decoder = MediaDecoder(model.square, frames, workers, batch_size, gpu_jpegs, stopwatch)
 
+    def fail(error: MediaError) -> None:
+        nonlocal failed, last
+        failed, last = failed + 1, error
+        on_error(error)
+        tell()
+        require_readable(failed, read + failed, max_bad_share, error, enough=ENOUGH_TO_JUDGE)
+
+    def suitable() -> Iterator[Sample]:
+        for sample in samples:
+            if sample.kind == "video" and not model.handles_video:
+                fail(MediaError(sample.path, f"the model {model.name} embeds images only"))
+            else:
+                yield sample
+
     def readable() -> Iterator[Decoded]:
-        nonlocal read, failed, last
-        for outcome in decoder.decode(samples):
+        nonlocal read
+        for outcome in decoder.decode(suitable()):
             if isinstance(outcome, MediaError):
-                failed, last = failed + 1, outcome
-                on_error(outcome)
-                tell()
-                require_readable(failed, read + failed, max_bad_share, outcome, enough=ENOUGH_TO_JUDGE)
+                fail(outcome)
             else:
                 read += 1
                 yield outcome
@@ -158,11 +170,8 @@ def embed(
             yield embedded
             tell()
         else:
-            last = MediaError(decoded.sample.path, f"the model {model.name} gives it no finite vector")
-            read, failed = read - 1, failed + 1
-            on_error(last)
-            tell()
-            require_readable(failed, read + failed, max_bad_share, last, enough=ENOUGH_TO_JUDGE)
+            read -= 1
+            fail(MediaError(decoded.sample.path, f"the model {model.name} gives it no finite vector"))
     if last is not None:
         require_readable(failed, read + failed, max_bad_share, last, enough=1)
 

@@ -30,7 +30,9 @@ class RetrievalModel(ABC):
         dimension: D of the vectors.
         device: where it computes.
         square: the exact transform of a picture.
-        handles_video: whether it can embed clips.
+        handles_video: whether it can embed clips, as every model can that `load_model` gives: by the mean of frames'
+            vectors, if by nothing better. A model of your own for which that would mean nothing says False; then no
+            clip becomes a vector, and an evaluation on clips is refused.
         bulk: whether it encodes pictures in bfloat16, on a CPU that gains by it. Cosines with the vectors of float32
             are above 0.999, but a measurement had better not hang on the processor.
     """

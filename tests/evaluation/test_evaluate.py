@@ -292,15 +292,6 @@ def test_sound_without_pictures_and_a_file_without_frames_are_named(tmp_path: Pa
     assert all(reason for reason in result.failures.values())
 
 
-def test_a_model_that_embeds_only_images_is_refused_before_anything_is_decoded(
-    tmp_path: Path, tiny_model: RetrievalModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [{"video": _clip(tmp_path / f"{n}.gif", n).name, "captions": [f"a {WORDS[n]}"]} for n in range(2)]
-    monkeypatch.setattr(tiny_model, "handles_video", False, raising=False)
-    with pytest.raises(EvaluationError, match="embeds images only"):
-        evaluate(_write(tmp_path / "clips.jsonl", rows), tiny_model)
-
-
 def _sound_only(path: Path) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000)
