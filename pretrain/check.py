@@ -214,7 +214,8 @@ def _judge_trial(config: PretrainConfig, trial: Trial, report: CheckReport) -> N
     if trial.device_memory is not None and needed > 0.95 * trial.device_memory:
         report.warnings.append(
             f"The training needs about {_gib(needed)} of the {_gib(trial.device_memory)} of {trial.device}; raise "
-            "training.accumulation, set training.activation_checkpointing=true, or train on several devices."
+            "training.accumulation, set training.activation_checkpointing=true, or train on several devices"
+            + (f" with training.sharding=sharded ({_sharded(trial)})." if trial.sharded else ".")
         )
     kept = trial.checkpoint * (config.training.keep_checkpoints + 1)
     if kept > trial.disk:
@@ -271,6 +272,8 @@ def _trial_table(report: CheckReport, trial: Trial, config: PretrainConfig) -> T
     parts = [f"{name} {_gib(size)}" for name, size in trial.memory.items() if size >= 2**20]
     limit = f" of {_gib(trial.device_memory)}" if trial.device_memory else ""
     table.add_row("memory", f"about {_gib(sum(trial.memory.values()))}{limit} on one device: {', '.join(parts)}")
+    if trial.sharded:
+        table.add_row("sharded", f"about {_sharded(trial)} (training.sharding=sharded)")
     stepping = trial.pairs / trial.seconds
     decoding = _decoding_rate(report.sources)
     workers = max(1, config.data.workers)
@@ -284,6 +287,10 @@ def _trial_table(report: CheckReport, trial: Trial, config: PretrainConfig) -> T
     table.add_row("time", f"about {_duration(hours)} on one device at that rate{compiled}, validation aside{remark}")
     table.add_row("checkpoint", f"{_gib(trial.checkpoint)}; {_gib(trial.disk)} of the disk are free")
     return table
+
+
+def _sharded(trial: Trial) -> str:
+    return ", ".join(f"{_gib(size)} on each of {gpus} GPUs" for gpus, size in trial.sharded.items())
 
 
 def _decoding_rate(sources: list[SourceFacts]) -> float:

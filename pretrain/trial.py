@@ -11,16 +11,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cots.config import PretrainConfig
 from pretrain.distributed import process_group
 from pretrain.loader import Batch
+from pretrain.sharding import layers_of
 from pretrain.step import TrainingStep
 from pretrain.trainer import Run
 
 _PAIRS = 8
 _PAIRS_ON_GPU = 64  # fewer would measure how quickly kernels are launched
 _TIMED_STEPS = 3
+_GPUS = (2, 4, 8)
 
 
 @dataclass
@@ -29,6 +32,7 @@ class Trial:
     device: what the steps ran on, for people.
     pairs: of a timed step; `seconds`: that it took.
     memory: bytes of the training as configured, by what they are for.
+    sharded: bytes on each GPU with weights shared out among so many; empty if the towers or the batch do not divide.
     device_memory: bytes that the device has; None for a CPU.
     checkpoint: bytes of one checkpoint; `disk`: bytes free where they will be written.
     """
@@ -37,6 +41,7 @@ class Trial:
     pairs: int
     seconds: float
     memory: dict[str, int] = field(default_factory=dict)
+    sharded: dict[int, int] = field(default_factory=dict)
     device_memory: int | None = None
     checkpoint: int = 0
     disk: int = 0
@@ -110,6 +115,7 @@ def _measure(config: PretrainConfig, stepper: TrainingStep) -> Trial:
     trial.memory = _standing_memory(stepper)
     part = config.training.batch_size / config.training.accumulation
     trial.memory["activations"] = round(few + (more - few) / 2 * (part - 2))
+    trial.sharded = _sharded_memory(config, stepper, trial.memory)
     if on_gpu:
         trial.device_memory = torch.cuda.get_device_properties(device).total_memory
     return trial
@@ -143,6 +149,30 @@ def _standing_memory(stepper: TrainingStep) -> dict[str, int]:
         "gradients": gradients,
         "optimizer": optimizer,
         "queues": _bytes(stepper.objective),
+    }
+
+
+def _sharded_memory(config: PretrainConfig, stepper: TrainingStep, memory: dict[str, int]) -> dict[int, int]:
+    """Bytes on each of several GPUs that share out weights, averages, gradients and optimizer state (see sharding.py).
+
+    Each holds its part of them in fp32, the queues, the activations of its part of the batch, and, gathered in what the
+    towers compute in, the layer at work, the next one and all that lies outside of the layers, with their gradients.
+    """
+    encoder = stepper.network.encoder
+    if any(isinstance(module, _BatchNorm) for module in encoder.modules()):
+        return {}
+    layers = [_bytes(layer) for layer in layers_of(encoder)]
+    gathered = 2 * (_bytes(stepper.network) - sum(layers) + 2 * max(layers, default=0))
+    if stepper.low_precision:
+        gathered //= 2
+    trained = sum(parameter.nbytes for parameter in stepper.parameters)
+    shared = _bytes(stepper.network) + _bytes(stepper.momentum.network) + memory["average"] + trained
+    shared += memory["optimizer"]
+    parts = config.training.accumulation
+    return {
+        gpus: (shared + memory["activations"]) // gpus + gathered + memory["queues"]
+        for gpus in _GPUS
+        if config.training.batch_size % (gpus * parts) == 0
     }
 
 

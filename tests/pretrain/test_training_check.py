@@ -237,6 +237,26 @@ def test_memory_grows_with_the_part_of_the_batch_that_is_held_at_once(make_confi
     assert plain["optimizer"] == pytest.approx(2 * plain["gradients"], rel=0.01)
 
 
+def test_sharing_out_the_weights_is_told_to_halve_what_it_halves(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture
+) -> None:
+    model = make_config().model.model_dump()
+    model["text_tower"] |= {"width": 64, "layers": 12, "intermediate": 512, "heads": 2}  # most of it in layers
+    trial = try_out(make_config(model=model, training={"averaging": 0.9}))
+    alone = sum(trial.memory.values())
+    assert list(trial.sharded) == [2, 4, 8]
+    assert alone / 2 < trial.sharded[2] < alone
+    # what remains whole on each, and what is shared: a half, a quarter and an eighth of it
+    halves = trial.sharded[2] - trial.sharded[4], trial.sharded[4] - trial.sharded[8]
+    assert halves[0] == pytest.approx(2 * halves[1], rel=0.001)
+    assert 4 * halves[0] == pytest.approx(alone - trial.memory["queues"], rel=0.001)
+    assert list(try_out(make_config("odd", training={"batch_size": 6})).sharded) == [2]
+    check(make_config("said", model=model))
+    assert "on each of 4 GPUs" in " ".join(capsys.readouterr().out.split())
+    model["image_tower"] = {"name": "test_efficientnet", "image_size": 64, "pooling": "mean"}
+    assert try_out(make_config("norms", model=model)).sharded == {}
+
+
 def test_the_command_line_checks_and_says_so_by_its_exit_code(make_config: MakeConfig, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(make_config().model_dump(mode="json")))
