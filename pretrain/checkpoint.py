@@ -2,7 +2,7 @@
 
 A checkpoint holds the encoder, its momentum and slow averages, the objective with its queues, the optimizer, the
 number of the step (which is the loader's position), the best validation so far, the random state of every rank, and
-the configuration.
+the configuration. Only the random state is a rank's own: another number of ranks can go on from it.
 """
 
 import errno
@@ -15,6 +15,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -186,14 +187,11 @@ def random_state() -> list[dict[str, torch.Tensor]]:
     return states
 
 
-def restore_random_state(states: list[dict[str, torch.Tensor]], rank: int, ranks: int) -> None:
-    """Give this rank back its random state.
-
-    Raises:
-        TrainingError: the checkpoint was written by another number of ranks.
-    """
+def restore_random_state(states: list[dict[str, torch.Tensor]], rank: int, ranks: int, *seeds: int) -> None:
+    """Give this rank back its random state; if another number of ranks saved theirs, one drawn from (seeds, rank)."""
     if ranks != len(states):
-        raise TrainingError(f"The checkpoint was written by {len(states)} ranks; go on with as many.")
+        torch.manual_seed(int(np.random.SeedSequence([*seeds, rank]).generate_state(1, np.uint64)[0]))
+        return
     torch.set_rng_state(states[rank]["cpu"])
     if "cuda" in states[rank] and torch.cuda.is_available():
         torch.cuda.set_rng_state(states[rank]["cuda"])

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -138,3 +138,13 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     value = value.detach().clone().float()
     dist.all_reduce(value)
     return value / dist.get_world_size()
+
+
+def sum_over_ranks(counts: Sequence[int]) -> list[int]:
+    """The sums of whole numbers over all ranks, on every rank."""
+    if not dist.is_initialized():
+        return list(counts)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    sums = torch.tensor(counts, dtype=torch.int64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()

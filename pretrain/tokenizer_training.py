@@ -23,6 +23,7 @@ from cots.data.device_augmentation import DeviceAugmentation
 from cots.data.transforms import ColorJitter
 from cots.errors import ConfigError
 from cots.model.visual_tokenizer import VisualTokenizer, save_visual_tokenizer
+from cots.objectives.gathering import gather
 from cots.tokenizer_config import VisualTokenizerTrainingConfig
 from pretrain.distributed import Ranks
 from pretrain.loader_workers import start_server
@@ -176,7 +177,7 @@ class TokenizerRun(TrainingRun[VisualTokenizerTrainingConfig, Squares]):
         return {
             "tokenizer": self.tokenizer.state_dict(),
             "average": self.average.network.state_dict() if self.average else None,
-            "objective": self.objective.state_dict(),
+            "objective": {"counts": gather(self.objective.counts[None]).sum(dim=0)},  # of all ranks
             "optimizer": self.optimizer.state_dict(),
         }
 
@@ -185,6 +186,8 @@ class TokenizerRun(TrainingRun[VisualTokenizerTrainingConfig, Squares]):
         if self.average is not None:
             self.average.network.load_state_dict(state["average"])
         self.objective.load_state_dict(state["objective"])
+        if not self.ranks.first:
+            self.objective.counts.zero_()  # the first rank has those of all
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _outcome(self) -> str:

@@ -25,7 +25,7 @@ from pretrain.checkpoint import (
     save_checkpoint,
     writing_to,
 )
-from pretrain.distributed import Ranks, StopRequest, process_group
+from pretrain.distributed import Ranks, StopRequest, process_group, sum_over_ranks
 from pretrain.loader import StepSampler
 from pretrain.optimizer import rate_factor
 from pretrain.pair_sources import name_of, open_source
@@ -100,6 +100,7 @@ class TrainingRun(ABC, Generic[Config, Step]):
         self.best: dict[str, Any] = {"criterion": self.worst, "step": -1}
         self.items_since_log: list[list[int]] = []
         self._before: dict[str, Any] | None = None
+        self._ranks_before = ranks.count
 
     def _open_sources(self) -> None:
         """Open the training sources, and the checkpoint, which is refused if it is of another training."""
@@ -181,6 +182,12 @@ class TrainingRun(ABC, Generic[Config, Step]):
         """Take every step that is left, or those until SIGTERM."""
         training = self.config.training
         self.telemetry.say(self._introduction())
+        if self._ranks_before != self.ranks.count:
+            processes = "1 process" if self.ranks.count == 1 else f"{self.ranks.count} processes"
+            self.telemetry.say(
+                f"The run goes on in {processes} in place of {self._ranks_before}: the samples are those that were to "
+                "come; what each process draws for itself, such as dropout, is drawn anew."
+            )
         name_left_out(self.sources, self.config.data.max_bad_share, self.telemetry.say)
         if training.resume and self.step == 0:
             self.telemetry.say(f"{self.directory} holds no checkpoint to go on from; this run starts from nothing.")
@@ -253,7 +260,8 @@ class TrainingRun(ABC, Generic[Config, Step]):
             )
 
     def _save(self) -> None:
-        random, parts = random_state(), self._state()  # both meetings of all ranks
+        random, parts = random_state(), self._state()  # meetings of all ranks, as is the sum
+        samples = sum_over_ranks([self.samples_read, self.samples_bad])
         if not self.ranks.first:
             return
         state = {
@@ -261,7 +269,7 @@ class TrainingRun(ABC, Generic[Config, Step]):
             "step": self.step,
             "best": self.best,
             "items": self.sampler.lengths,
-            "samples": [self.samples_read, self.samples_bad],
+            "samples": samples,
             "random": random,
             **parts,
         }
@@ -274,8 +282,10 @@ class TrainingRun(ABC, Generic[Config, Step]):
         if self._as_now(state["config"])["data"]["validation"] == validation:  # else figures do not compare
             self.best = state["best"]
         if self.config.data.cache_side is None:  # else all are read anew, and counted
-            self.samples_read, self.samples_bad = state["samples"]
-        restore_random_state(state["random"], self.ranks.rank, self.ranks.count)
+            rank, ranks = self.ranks.rank, self.ranks.count
+            self.samples_read, self.samples_bad = ((count + rank) // ranks for count in state["samples"])
+        self._ranks_before = len(state["random"])
+        restore_random_state(state["random"], self.ranks.rank, self.ranks.count, self.config.training.seed, self.step)
 
     def _as_now(self, before: dict[str, Any]) -> dict[str, Any]:
         """The settings of a checkpoint; those that are newer than it have their default."""

@@ -90,7 +90,17 @@ def test_the_random_state_comes_back() -> None:
     torch.manual_seed(5)
     states = random_state()
     drawn = torch.rand(4)
-    restore_random_state(states, 0, 1)
+    restore_random_state(states, 0, 1, 7, 100)
     assert torch.equal(torch.rand(4), drawn)
-    with pytest.raises(TrainingError, match="written by 1 ranks"):
-        restore_random_state(states, 1, 2)
+
+
+def test_another_number_of_ranks_draws_anew_each_for_itself_and_alike_each_time() -> None:
+    states = random_state()
+
+    def draws(rank: int, ranks: int, *seeds: int) -> tuple[float, ...]:
+        restore_random_state(states, rank, ranks, *seeds)
+        return tuple(torch.rand(4).tolist())
+
+    two = [draws(rank, 2, 7, 100) for rank in (0, 1)]
+    assert two == [draws(rank, 2, 7, 100) for rank in (0, 1)]
+    assert len({*two, draws(0, 1, 7, 100), draws(0, 2, 7, 101), draws(0, 2, 8, 100)}) == 5

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from killed import assert_unfinished, first_steps
 
 from cots.config import PretrainConfig
 from cots.model.pretrained import load_model
+from pretrain.trainer import pretrain
 
 MakeConfig = Callable[..., PretrainConfig]
 ROOT = Path(__file__).parents[2]
@@ -38,11 +41,13 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def _train(config: PretrainConfig, *overrides: str) -> None:
+def _train(config: PretrainConfig, *overrides: str) -> str:
+    """What the training wrote to stderr."""
     done = subprocess.run(
         _command(config, *overrides), cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 def _rows(run: Path) -> list[dict]:
@@ -87,10 +92,40 @@ def test_a_sharded_training_that_was_killed_goes_on_as_if_it_had_not_been(make_c
     ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
     for pid in (process.pid, *map(int, ranks.split())):  # a launcher that is killed leaves its ranks behind
         os.kill(pid, signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
+    assert_unfinished(Path(stopped.training.output))
     _train(stopped, "training.resume=true")
+    assert first_steps(Path(stopped.training.output))[1] > 0
     steps = [{row["step"]: row["loss"] for row in _rows(Path(c.training.output))} for c in (whole, stopped)]
     assert steps[1] == pytest.approx(steps[0], rel=1e-5)
+
+
+def test_another_number_of_processes_goes_on_from_a_checkpoint(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture
+) -> None:
+    """Of two processes that share out the weights by one, and of one by two, as if nothing had changed."""
+    training = {"sharding": "sharded", "averaging": 0.9, "checkpoint_steps": 6, "keep_checkpoints": 9}
+
+    def config(name: str, **more: object) -> PretrainConfig:
+        return make_config(name, objective=OBJECTIVE, training={**training, **more})
+
+    whole = pretrain(config("whole"))
+    fewer, more = whole.with_name("fewer"), whole.with_name("more")
+    _train(config("fewer"))
+    shutil.copytree(whole, more)
+    for run in (fewer, more):
+        assert torch.load(run / "checkpoints" / "step-00000006.pt")["samples"] == [48, 0]
+        (run / "checkpoints" / "step-00000012.pt").unlink()
+    capsys.readouterr()
+    pretrain(config("fewer", resume=True))
+    assert "The run goes on in 1 process in place of 2: the samples are" in capsys.readouterr().err
+    assert "The run goes on in 2 processes in place of 1: the samples are" in _train(config("more", resume=True))
+    for run in (fewer, more):
+        assert first_steps(run)[1] == 6
+        later = _rows(run)[-6:]
+        for name in ("loss", "loss_alignment", "filter_kept", "queue_fill", "temperature", "gradient_norm"):
+            wanted = [row[name] for row in _rows(whole)[-6:]]
+            assert [row[name] for row in later] == pytest.approx(wanted, rel=1e-3, abs=1e-4)
 
 
 def test_towers_with_batch_norms_are_not_sharded(make_config: MakeConfig) -> None:
