@@ -1,15 +1,15 @@
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 import yaml
+from killed import ENVIRONMENT, first_steps, kill_at, kill_in_a_checkpoint, rows
 from typer.testing import CliRunner
 
 from cots.commands.application import app
@@ -113,25 +113,36 @@ def test_processes_do_not_wait_for_what_has_no_gradient(make_config: MakeConfig,
     assert together == pytest.approx(alone, rel=1e-4, abs=1e-4)
 
 
-def test_a_resumed_run_is_bit_identical_to_one_that_was_never_stopped(make_config: MakeConfig) -> None:
+def test_a_run_killed_at_any_moment_goes_on_bit_identically(make_config: MakeConfig) -> None:
+    """Killed three times between steps at random, once in the middle of a checkpoint, each time gone on with."""
+    random = Random(0)
     dropping = make_config().model.model_dump()
     dropping["text_tower"]["dropout"] = 0.1
-    whole = make_config("whole", model=dropping, training={"averaging": 0.9})
-    parts = make_config("parts", model=dropping, training={"averaging": 0.9})
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # another number of threads adds in another order
+    training = {"averaging": 0.9, "epochs": 15, "validate_every": 0, "checkpoint_every": 99, "checkpoint_steps": 7}
+    whole, parts = (make_config(name, model=dropping, training=training) for name in ("whole", "parts"))
+    runs = [Path(config.training.output) for config in (whole, parts)]
+    paths = [str(_write(config, run.with_suffix(".yaml"))) for config, run in zip((whole, parts), runs)]
     command = [sys.executable, "-m", "pretrain"]
-    path = _write(whole, Path(whole.training.output).with_suffix(".yaml"))
-    subprocess.run([*command, str(path)], cwd=ROOT, env=environment, check=True)
-    path = _write(parts, Path(parts.training.output).with_suffix(".yaml"))
-    process = subprocess.Popen([*command, str(path)], cwd=ROOT, env=environment)
-    checkpoints = Path(parts.training.output) / "checkpoints"
-    while not list(checkpoints.glob("step-*.pt")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    subprocess.run([*command, str(path), "training.resume=true"], cwd=ROOT, env=environment, check=True)
-    assert _losses(Path(parts.training.output)) == _losses(Path(whole.training.output))
+    subprocess.run([*command, paths[0]], cwd=ROOT, env=ENVIRONMENT, check=True)
+    resumed = [paths[1], "training.resume=true"]
+    for step in (random.randint(8, 20), random.randint(21, 35), random.randint(36, 50)):
+        kill_at(step, runs[1], [*command, *resumed], delay=random.uniform(0, 0.05))
+    kill_in_a_checkpoint(runs[1], resumed)
+    subprocess.run([*command, *resumed], cwd=ROOT, env=ENVIRONMENT, check=True)
+    begun = first_steps(runs[1])
+    assert begun[0] == 0
+    assert all(0 < first < 90 for first in begun[1:])
+    assert begun == sorted(begun)
+    assert begun[-1] == begun[-2]  # of the half checkpoint nothing was used, nor is it left
+    assert not list((runs[1] / "checkpoints").glob("*.tmp"))
+    losses = _losses(runs[0])
+    assert len(losses) == 90
+    taken = [(row["step"], row["loss"]) for row in rows(runs[1])]
+    assert len(taken) > 90  # some steps were taken again, alike each time
+    assert set(taken) == set(losses.items())
+    one, other = (torch.load(run / "checkpoints" / "step-00000090.pt") for run in runs)
+    for part in ("network", "momentum", "average", "objective"):
+        assert all(torch.equal(one[part][name], other[part][name]) for name in one[part])
 
 
 def test_a_run_is_not_overwritten(make_config: MakeConfig) -> None:
