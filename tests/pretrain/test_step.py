@@ -8,10 +8,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 import yaml
+from killed import first_steps, kill_at
 
 from cots.config import PretrainConfig
 from cots.errors import ConfigError, TrainingError
@@ -215,14 +217,11 @@ def test_a_killed_run_with_every_level_goes_on_bit_identically(
     whole, parts = make_config("whole", **common), make_config("parts", **common)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     _run(whole, environment)
-    process = subprocess.Popen(_command(parts), cwd=ROOT, env=environment)
-    checkpoints = Path(parts.training.output) / "checkpoints"
-    while not list(checkpoints.glob("step-*.pt")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    # the checkpoint of step 2 is there when the row of step 4 is
+    kill_at(4, Path(parts.training.output), _command(parts), delay=Random(log_every).uniform(0, 0.05))
     _run(parts, environment, "training.resume=true")
+    begun = first_steps(Path(parts.training.output))
+    assert begun[0] == 0 < begun[1] < 12
     assert _losses(Path(parts.training.output)) == _losses(Path(whole.training.output))
     last = max((Path(whole.training.output) / "checkpoints").glob("*.pt")).name
     states = [torch.load(Path(c.training.output) / "checkpoints" / last) for c in (whole, parts)]
