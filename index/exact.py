@@ -114,7 +114,7 @@ def _all_scores(
     vectors: np.ndarray, queries: np.ndarray, positions: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The scores (Q, M) of all M vectors to compare and their positions (Q, M), computed by the calling core alone."""
-    chosen = torch.from_numpy(vectors[positions]) if positions is not None else _tensor(vectors)
+    chosen = torch.from_numpy(vectors[positions]) if positions is not None else shared_tensor(vectors)
     floats = torch.empty(chosen.shape)
     step = max(SERIAL // vectors.shape[1], 1)
     for start in range(0, len(chosen), step):
@@ -132,7 +132,7 @@ def _best_scores(
     count = len(vectors) if rows is None else len(rows)
     pool, cores = _cores()
     bounds = [count * part // cores for part in range(cores + 1)]
-    shared = _tensor(vectors), torch.from_numpy(queries), k, rows
+    shared = shared_tensor(vectors), torch.from_numpy(queries), k, rows
     parts = [pool.submit(_best_of_part, *shared, *ends) for ends in pairwise(bounds)]
     found = [part.result() for part in parts]
     return np.concatenate([scores for scores, _ in found], axis=1), np.concatenate([row for _, row in found], axis=1)
@@ -240,7 +240,8 @@ class _Readable:
         self.__array_interface__ = {**vectors.__array_interface__, "data": (address, False)}
 
 
-def _tensor(vectors: np.ndarray) -> Tensor:
+def shared_tensor(vectors: np.ndarray) -> Tensor:
+    """The same numbers in the same memory, which are not to be written to."""
     return torch.from_numpy(np.asarray(_Readable(vectors)))
 
 

@@ -30,16 +30,12 @@ Where the time goes on an H200, for N = 10 M of 256 dimensions (5.1 GB) and k = 
                              of scores; choosing 0.5; second pass 0.1; the rest Python, and copies
 """
 
-import weakref
-from dataclasses import dataclass
-from threading import Lock
-
 import numpy as np
 import torch
 from torch.nn.functional import pad
 
 from cots.errors import GalleryError
-from index.allowed_rows import as_bits, upload
+from index.allowed_rows import Filters, Searched
 from index.exact import checked_queries
 from index.recorded import RecordedSearches
 from index.topk_passes import LARGEST_TILE, Passes, Rows, padded_width, passes_for
@@ -51,28 +47,7 @@ FEW_QUERIES = 64  # precise ones cost nothing extra
 FEW_SCORES = 2**17  # are sooner made than chosen from
 MOST_QUERIES = 1024
 MOST_RECORDED = 128  # hits; to choose more takes what cannot be recorded
-KEPT_FILTERS = 5  # of which one is no filter at all
-_NO_FILTER = np.empty(0, bool)
-SCRATCH = 2**30  # bytes that a search may take beside the vectors
-FEW_ALLOWED = 0.25  # if no larger share may be found, it is read, written and read again sooner than all vectors once
-
-
-@dataclass(frozen=True)
-class _Searched:
-    """What is looked at under a filter.
-
-    Attributes:
-        number: of a filter that is kept, which no other has.
-        rows: hold the vectors that are allowed and finite, `finite` many.
-        origin: (M,) int64, the position of each row if they are copies.
-        unusable: positions of vectors that are allowed but not finite.
-    """
-
-    number: int | None
-    rows: Rows
-    origin: torch.Tensor | None
-    finite: int
-    unusable: np.ndarray
+SCRATCH = 2**30  # bytes that a search may take beside the vectors and what is kept of filters
 
 
 class ExactGpuIndex:
@@ -110,9 +85,7 @@ class ExactGpuIndex:
         self._unusable = np.empty(0, np.int64)  # positions of vectors that are not finite
         self._norm = 0.0  # the greatest of a vector
         self._recorded = RecordedSearches(self._width, self.device)
-        self._preparing = Lock()
-        self._prepared_so_far = 0
-        self._filters: list[tuple[weakref.ref[np.ndarray], _Searched]] = []
+        self._filters = Filters(Rows(self._vectors, 0), self._unusable)
         self.append(vectors, ids)
 
     def __len__(self) -> int:
@@ -140,9 +113,8 @@ class ExactGpuIndex:
         except torch.OutOfMemoryError as error:
             raise self._too_large(count) from error
         vectors[: self._count] = self._vectors[: self._count]
-        with self._preparing:
-            self._vectors = vectors
-            self._filters.clear()
+        self._vectors = vectors
+        self._filters = Filters(Rows(vectors, self._count), self._unusable)
 
     def append(self, vectors: np.ndarray | torch.Tensor, ids: np.ndarray) -> None:
         """Add M vectors behind the others, which stay where they are as long as there is room.
@@ -172,9 +144,8 @@ class ExactGpuIndex:
         if end > len(self._ids):
             self._ids = np.concatenate([self.ids, np.empty(len(self._vectors) - self._count, np.int64)])
         self._ids[self._count : end] = ids
-        with self._preparing:  # what is being prepared knows nothing of these, so it may not be kept afterwards
-            self._count, self._unusable, self._norm = end, np.concatenate(unusable), norm
-            self._filters.clear()
+        self._count, self._unusable, self._norm = end, np.concatenate(unusable), norm
+        self._filters = Filters(Rows(self._vectors, end), self._unusable)  # those there were know nothing of these
 
     def _put(self, start: int, block: torch.Tensor) -> tuple[np.ndarray, float]:
         """Store vectors (M, D) float16. Those that are not finite become zero, and are never looked at.
@@ -219,7 +190,7 @@ class ExactGpuIndex:
 
     def _best(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Scores and ids (Q, K): the best vectors that are finite, then those that are not."""
-        searched = self._searched_for(allowed)
+        searched = self._filters.searched(allowed)
         k = min(k, searched.finite + len(searched.unusable))
         found = min(k, searched.finite)
         scores = np.full((len(queries), k), np.nan, np.float32)
@@ -230,20 +201,20 @@ class ExactGpuIndex:
             scores[:, :found], positions[:, :found] = answer(searched, queries, found)
         return scores, self._ids[positions]
 
-    def _is_recorded(self, searched: "_Searched", queries: int, k: int) -> bool:
+    def _is_recorded(self, searched: Searched, queries: int, k: int) -> bool:
         """Whether a search may come again, costs little, and fits into the memory that one may take."""
         if self.device.type != "cuda" or searched.number is None or k > MOST_RECORDED:
             return False
         return queries <= min(FEW_QUERIES, self._batch(searched.rows, k))
 
-    def _recorded_answer(self, searched: "_Searched", queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _recorded_answer(self, searched: Searched, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         def search(asked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             scores, places, _ = self._search(searched.rows, asked, k, precise=True)
             return scores, places if searched.origin is None else searched.origin[places]
 
         return self._recorded.answer(queries, (self.passes, searched.number, k), search)
 
-    def _answers(self, searched: "_Searched", queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _answers(self, searched: Searched, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores and positions (Q, k) of the best."""
         rows = searched.rows
         asked = torch.tensor(queries, device=self.device)
@@ -254,42 +225,6 @@ class ExactGpuIndex:
         if searched.origin is not None:
             places = searched.origin[places]
         return scores.cpu().numpy(), places.cpu().numpy()
-
-    def _searched_for(self, allowed: np.ndarray | None) -> "_Searched":
-        """What is looked at for a filter, made now or, for one that cannot change, before."""
-        if allowed is not None and allowed.flags.writeable:
-            return self._prepared(allowed, None)
-        wanted = _NO_FILTER if allowed is None else allowed
-        with self._preparing:
-            for place, (known, searched) in enumerate(self._filters):
-                if known() is wanted:
-                    self._filters.append(self._filters.pop(place))
-                    return searched
-            self._prepared_so_far += 1
-            searched = self._prepared(allowed, self._prepared_so_far)
-            self._filters = [*self._filters[1 - KEPT_FILTERS :], (weakref.ref(wanted), searched)]
-            return searched
-
-    def _prepared(self, allowed: np.ndarray | None, number: int | None) -> "_Searched":
-        """All vectors, all of them with a mask, or a copy of the few that may be found and where these come from."""
-        if allowed is None and not len(self._unusable):
-            return _Searched(number, Rows(self._vectors, self._count), None, self._count, self._unusable)
-        usable = np.ones(self._count, bool) if allowed is None else allowed
-        unusable = self._unusable[usable[self._unusable]]
-        if len(unusable):
-            usable = usable.copy()
-            usable[unusable] = False
-        flags, finite = upload(usable, self.device)
-        most = SCRATCH if number is None else SCRATCH // KEPT_FILTERS
-        if finite > FEW_ALLOWED * self._count or 2 * self._width * finite > most:
-            rows = Rows(self._vectors, self._count, as_bits(flags, len(self._vectors)))
-            return _Searched(number, rows, None, finite, unusable)
-        origin = flags.nonzero_static(size=finite).flatten()
-        capacity = -(-finite // LARGEST_TILE) * LARGEST_TILE
-        few = self._vectors.new_empty(capacity, self._width)
-        torch.index_select(self._vectors, 0, origin, out=few[:finite])
-        few[finite:] = 0
-        return _Searched(number, Rows(few, finite), origin, finite, unusable)
 
     def _batch(self, rows: Rows, k: int) -> int:
         """How many queries are answered at once, so that what is kept of each stays within `SCRATCH`."""

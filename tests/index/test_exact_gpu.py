@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cots.errors import GalleryError
-from index import exact_gpu
+from index import allowed_rows, exact_gpu
 from index.exact import ExactIndex
 from index.exact_gpu import ExactGpuIndex
 from index.topk_passes import (
@@ -129,7 +129,7 @@ def test_filters_that_cannot_change_are_kept_until_something_is_appended(device:
         for _ in range(3):
             assert_exact(index, vectors[:5000], queries, 10, allowed)
             assert_exact(index, vectors[:5000], queries, 10, sound[:5000].copy())
-        assert len(index._filters) <= exact_gpu.KEPT_FILTERS
+        assert len(index._filters) <= allowed_rows.KEPT
     kept = sound[:5000].copy()
     kept.flags.writeable = False
     assert_exact(index, vectors[:5000], queries, 10, kept)
@@ -143,19 +143,19 @@ def test_filters_that_cannot_change_are_kept_until_something_is_appended(device:
 def test_what_was_prepared_before_an_append_is_not_kept_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = unit_vectors(np.random.default_rng(17), 400, 8)
     index = filled(vectors[:300])
-    prepared = index._prepared
+    filters = index._filters
+    prepared = filters._prepared
     appending = Thread(target=index.append, args=(vectors[300:], 1300 + np.arange(100)))
 
     def prepared_meanwhile(allowed: np.ndarray | None, number: int | None) -> Any:
         searched = prepared(allowed, number)
         appending.start()
-        appending.join(1)  # it may have to wait for this
+        appending.join()
         return searched
 
     with monkeypatch.context() as patch:
-        patch.setattr(index, "_prepared", prepared_meanwhile)
+        patch.setattr(filters, "_prepared", prepared_meanwhile)
         index.search(vectors[:1], 1)
-    appending.join()
     assert_exact(index, vectors, vectors[290:310], 5)
 
 
