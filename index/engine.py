@@ -19,6 +19,7 @@ import numpy as np
 
 from cots.errors import CotsError, GalleryError
 from index.ann import HNSW_LINKS, AnnIndex, Effort, Fill, installed_faiss, make_structure
+from index.engine_names import ENGINES, ENGINES_IN_WORDS
 from index.exact import ExactIndex
 from index.gallery import Gallery, open_gallery
 from index.lock import writing
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from cots.model.retrieval_model import RetrievalModel
     from index.exact_gpu import ExactGpuIndex
 
-ENGINES = ("auto", "exact", "hnsw", "ivf", "ivfpq")
 EXACT_NUMBERS = 50_000_000  # of vectors times dimensions: two cores read so many in 15 ms, a GPU copies them in 30
 HNSW_VECTORS = 300_000  # on two cores a graph of more takes minutes to make; cells answer within a millisecond of it
 MEMORY_SHARE = 0.5
@@ -156,7 +156,7 @@ def check_engine(engine: str | None, recall_target: float | None) -> None:
         MissingDependency: the engine needs FAISS, which is not installed.
     """
     if engine is not None and engine not in ENGINES:
-        raise GalleryError(f"There is no engine {engine!r}; use {', '.join(ENGINES[:-1])} or {ENGINES[-1]}.")
+        raise GalleryError(f"There is no engine {engine!r}; use {ENGINES_IN_WORDS}.")
     if recall_target is not None and not 0 < recall_target <= 1:
         raise GalleryError(f"The recall target is {recall_target:g}; give a share above 0 and at most 1, such as 0.95.")
     if engine not in (None, "auto", "exact"):
