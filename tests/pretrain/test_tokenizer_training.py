@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from killed import first_steps, kill_at
 from PIL import Image
 
 from cots.config import PretrainConfig
@@ -122,13 +124,12 @@ def test_a_resumed_run_is_bit_identical_to_one_that_was_never_stopped(make_token
     runs = [Path(config.training.output) for config in (whole, parts)]
     paths = [_write(config, run.with_suffix(".yaml")) for config, run in zip((whole, parts), runs)]
     subprocess.run([*command, str(paths[0])], cwd=ROOT, env=environment, check=True)
-    process = subprocess.Popen([*command, str(paths[1])], cwd=ROOT, env=environment)
-    while not list((runs[1] / "checkpoints").glob("step-*.pt")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    # the checkpoint of step 3 is there when the row of step 4 is
+    random = Random(0)
+    kill_at(random.randint(4, 16), runs[1], [*command, str(paths[1])], delay=random.uniform(0, 0.05))
     subprocess.run([*command, str(paths[1]), "training.resume=true"], cwd=ROOT, env=environment, check=True)
+    begun = first_steps(runs[1])
+    assert begun[0] == 0 < begun[1] < 32
     assert len(_losses(runs[0])) == 32
     assert _losses(runs[1]) == _losses(runs[0])
     one, other = (load_visual_tokenizer(str(run)).fingerprint() for run in runs)
@@ -176,6 +177,11 @@ def test_two_processes_take_the_steps_of_one(make_tokenizer_config: MakeConfig, 
     # the draws of codes differ between ranks; pictures, weights and order are the same
     assert together.keys() == alone.keys()
     assert list(together.values()) == pytest.approx(list(alone.values()), rel=0.3)
+    checkpoint = latest_checkpoint(Path(config.training.output))
+    assert checkpoint is not None
+    state = torch.load(checkpoint)  # that of both, so that any number of processes can go on from it
+    assert state["samples"] == [48, 0]
+    assert state["objective"]["counts"].sum() == 48 * (32 // 8) ** 2
 
 
 def test_pictures_are_the_same_from_memory_and_from_loader_processes(shards: Path) -> None:
