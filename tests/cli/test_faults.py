@@ -203,7 +203,7 @@ def test_an_unknown_model_is_one_sentence(cots: Cots, media: Path, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bad_configuration_is_one_sentence(cots: Cots, tmp_path: Path) -> None:
+def test_a_bad_configuration_is_one_sentence(cots: Cots, media: Path, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("training: {epochs: 1}\n")
     (tmp_path / "bad.yaml").write_text("training: {epochs: 1\n")
     assert_one_sentence(cots("pretrain", tmp_path / "none.yaml"), "cannot be read")
@@ -211,7 +211,12 @@ def test_a_bad_configuration_is_one_sentence(cots: Cots, tmp_path: Path) -> None
     assert_one_sentence(cots("pretrain", tmp_path / "a.yaml", "training.epoch=2"), "did you mean 'training.epochs'")
     assert_one_sentence(cots("pretrain", tmp_path / "a.yaml", "training.epochs"), "write it as section.key=value")
     assert_one_sentence(cots("pretrain", tmp_path / "a.yaml", "training.epochs=many"), r"training\.epochs.*'many'")
-    assert_one_sentence(cots("pretrain", tmp_path / "a.yaml"), "tokenizer is not set")
+    assert_one_sentence(cots("pretrain", tmp_path / "a.yaml"), "data.train names no source")
+    pair = json.dumps({"path": str(media / "red.png"), "caption": "a red square"})
+    (tmp_path / "pairs.jsonl").write_text(f"{pair}\n{pair}\n")
+    settings = [f"data.train=[{{path: {tmp_path / 'pairs.jsonl'}}}]", "training.batch_size=2"]
+    outcome = cots("pretrain", tmp_path / "a.yaml", *settings, f"training.output={tmp_path / 'run'}")
+    assert_one_sentence(outcome, "tokenizer is not set")
 
 
 def test_results_that_cannot_be_written(cots: Cots, media: Path, tiny_model_dir: Path, tmp_path: Path) -> None:

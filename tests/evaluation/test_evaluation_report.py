@@ -93,7 +93,7 @@ def test_published_rows_stand_beside_a_protocols_result(tmp_path: Path, tiny_mod
         assert "12 frames each" in text
         assert "recalled, not re-checked" in text
         assert "zero-shot" in text
-        assert "fine-tuned, re-ranked" in text
+        assert "fine-tuned on 9k, re-ranked" in text
 
 
 def test_the_tables_hold_every_figure(photos: EvaluationResult) -> None:
