@@ -212,9 +212,7 @@ def test_a_bad_configuration_is_one_sentence(cots: Cots, media: Path, tmp_path: 
     assert_one_sentence(cots("pretrain", tmp_path / "a.yaml", "training.epochs"), "write it as section.key=value")
     assert_one_sentence(cots("pretrain", tmp_path / "a.yaml", "training.epochs=many"), r"training\.epochs.*'many'")
     assert_one_sentence(cots("pretrain", tmp_path / "a.yaml"), "data.train names no source")
-    pair = json.dumps({"path": str(media / "red.png"), "caption": "a red square"})
-    (tmp_path / "pairs.jsonl").write_text(f"{pair}\n{pair}\n")
-    settings = [f"data.train=[{{path: {tmp_path / 'pairs.jsonl'}}}]", "training.batch_size=2"]
+    settings = [f"data.train=[{{path: {media / 'pictures.jsonl'}}}]", "training.batch_size=2"]
     outcome = cots("pretrain", tmp_path / "a.yaml", *settings, f"training.output={tmp_path / 'run'}")
     assert_one_sentence(outcome, "tokenizer is not set")
 
