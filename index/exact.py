@@ -30,6 +30,7 @@ CROWD = 2  # times k scores a query, of which a block's best are sought before t
 MOST_WAITING = 8  # times k scores a query, at which they are sorted
 SERIAL = 32_768  # numbers that torch converts on the calling core
 _kept = threading.local()
+Triples = tuple[np.ndarray, np.ndarray, np.ndarray]  # (M,) queries, rows and scores
 
 
 class ExactIndex:
@@ -141,18 +142,8 @@ def _best_scores(
 def _best_of_part(
     vectors: Tensor, queries: Tensor, k: int, rows: Tensor | None, first: int, behind: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and rows (Q, k) of the best from `first` up to `behind`, on one core.
-
-    A score must beat the k-th best of those before. That is known from the first block on, at first as a bound, and
-    brought up to date whenever the blocks seen have doubled; so of each doubling about k scores a query are sorted.
-    Where vectors lie in an order, more may beat it than a few; then a block's own bound counts as well, and what is
-    kept is sorted when it becomes much.
-    """
-    block = _block(vectors.shape[1])
-    best_scores, best_places = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
-    least = torch.full((len(queries), 1), -torch.inf)
-    waiting: list[tuple[Tensor, Tensor, Tensor]] = []
-    seen, due, kept = 0, 1, 0
+    """Scores and rows (Q, k) of the best from `first` up to `behind`, on one core."""
+    block, best = _block(vectors.shape[1]), _Best(len(queries), k)
     products = torch.empty(min(len(queries), FEW_QUERIES), BLOCK)
     with torch.inference_mode():
         for start in range(first, behind, BLOCK):
@@ -163,20 +154,63 @@ def _best_of_part(
                 scores = linear(queries, part)
             else:
                 scores = torch.mm(queries, part.T, out=products[:, : stop - start])
-            better = torch.nonzero(scores > least, as_tuple=True) if seen else None
-            if better is None or len(better[0]) > CROWD * best_scores.size:
-                least = torch.maximum(least, _bound(scores, k))
-                better = torch.nonzero(scores > least, as_tuple=True)
-            asked, places = better
-            waiting.append((asked, places + start, scores[asked, places]))
-            seen, kept = seen + 1, kept + len(asked)
-            if seen == due or stop == behind or kept > MOST_WAITING * best_scores.size:
-                best_scores, best_places = _merge(best_scores, best_places, waiting)
-                least = torch.from_numpy(best_scores[:, -1:])
-                waiting, kept, due = [], 0, 2 * seen
-    if rows is not None:
-        best_places = np.where(best_places < 0, -1, rows.numpy()[best_places])
-    return best_scores, best_places
+            best.take(scores, start)
+        best.settle()
+    places = best.places if rows is None else np.where(best.places < 0, -1, rows.numpy()[best.places])
+    return best.scores, places
+
+
+class _Best:
+    """The k best of the blocks of scores that one core has seen.
+
+    A score must beat the k-th best of those before. That is known from the first block on, at first as a bound, and
+    brought up to date whenever the blocks seen have doubled; so of each doubling about k scores a query are sorted.
+    Where vectors lie in an order, more may beat it than a few; then a block's own bound counts as well, and what waits
+    is sorted when it becomes much.
+
+    Attributes:
+        scores, places: (Q, k) of the best when all is settled; a place of -1 has no score.
+    """
+
+    def __init__(self, queries: int, k: int) -> None:
+        self.scores = np.full((queries, k), -np.inf, np.float32)
+        self.places = np.full((queries, k), -1)
+        self._least = torch.full((queries, 1), -torch.inf)
+        # Taken once: pieces that are made between the large arrays of two blocks keep malloc from using these again.
+        room = MOST_WAITING * queries * k
+        self._waiting: Triples = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.float32)
+        self._count = 0
+        self._blocks, self._due = 0, 1
+
+    def take(self, scores: Tensor, start: int) -> None:
+        """Look through the scores (Q, M) of the vectors from `start` on, which come after all before."""
+        better = torch.nonzero(scores > self._least, as_tuple=True) if self._blocks else None
+        if better is None or len(better[0]) > CROWD * self.scores.size:
+            self._least = torch.maximum(self._least, _bound(scores, self.scores.shape[1]))
+            better = torch.nonzero(scores > self._least, as_tuple=True)
+        found: Triples = better[0].numpy(), (better[1] + start).numpy(), scores[better].numpy()
+        self._blocks += 1
+        end = self._count + len(found[0])
+        if end > len(self._waiting[0]):
+            self.settle(found)
+            return
+        for waiting, new in zip(self._waiting, found, strict=True):
+            waiting[self._count : end] = new
+        self._count = end
+        if self._blocks == self._due:
+            self.settle()
+
+    def settle(self, *more: Triples) -> None:
+        """Sort what waits, and more that came after it, into the best; equal scores by place."""
+        count, k = self.scores.shape
+        best = np.repeat(np.arange(count), k), self.places.ravel(), self.scores.ravel()
+        waiting = tuple(each[: self._count] for each in self._waiting)
+        asked, places, scores = (np.concatenate(parts) for parts in zip(best, waiting, *more, strict=True))
+        order = np.lexsort((places, -scores, asked))
+        chosen = order[np.searchsorted(asked[order], np.arange(count))[:, None] + np.arange(k)]
+        self.scores, self.places = scores[chosen], places[chosen]
+        self._least = torch.from_numpy(self.scores[:, -1:])
+        self._count, self._due = 0, 2 * self._blocks
 
 
 def _gather(vectors: Tensor, rows: Tensor) -> Tensor:
@@ -204,21 +238,6 @@ def _bound(scores: Tensor, k: int) -> Tensor:
     if usable.shape[1] < k:
         return torch.full((len(scores), 1), -torch.inf)
     return torch.nextafter(usable.topk(k).values[:, -1:], torch.tensor(-torch.inf))
-
-
-def _merge(
-    scores: np.ndarray, rows: np.ndarray, waiting: list[tuple[Tensor, Tensor, Tensor]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k best (Q, k) of what there is and of (query, row, score) triples of higher rows; equal scores by row."""
-    count, k = scores.shape
-    triples = [torch.cat(part).numpy() for part in zip(*waiting)]
-    asked = np.concatenate([np.repeat(np.arange(count), k), triples[0]])
-    all_rows = np.concatenate([rows.ravel(), triples[1]])
-    all_scores = np.concatenate([scores.ravel(), triples[2]])
-    order = np.lexsort((all_rows, -all_scores, asked))
-    places = np.searchsorted(asked[order], np.arange(count))[:, None] + np.arange(k)
-    chosen = order[places]
-    return all_scores[chosen], all_rows[chosen]
 
 
 @cache

@@ -91,13 +91,13 @@ def test_vectors_that_get_better_and_better_are_few_to_sort(order: int, monkeypa
     queries = unit_vectors(rng, 1, 8) + 0.01 * unit_vectors(rng, 20, 8)
     vectors = unit_vectors(rng, 60_000, 8)
     vectors = vectors[np.argsort(vectors @ queries[0])[::order]].astype(np.float16)
-    merge, sorted_at_once = index.exact._merge, []
+    settle, sorted_at_once = index.exact._Best.settle, []
 
-    def merge_and_count(scores: np.ndarray, rows: np.ndarray, waiting: list) -> tuple[np.ndarray, np.ndarray]:
-        sorted_at_once.append(sum(len(part[0]) for part in waiting))
-        return merge(scores, rows, waiting)
+    def settle_and_count(best: index.exact._Best, *more: index.exact.Triples) -> None:
+        sorted_at_once.append(best._count + sum(len(part[0]) for part in more))
+        settle(best, *more)
 
-    monkeypatch.setattr("index.exact._merge", merge_and_count)
+    monkeypatch.setattr(index.exact._Best, "settle", settle_and_count)
     scores, _ = ExactIndex(vectors, np.arange(60_000)).search(queries, 10)
     assert max(sorted_at_once) <= 12 * 10 * 20
     for query, found in zip(queries, scores, strict=True):
