@@ -6,7 +6,8 @@ effort, the other half are asked only once, for the figures that are reported.
 
 A gallery without captions is asked with those of the embedded gallery's photographs. On 100,000 photographs with a
 target of 0.9, they choose an effort at which the photographs' own captions find 0.99 of the ten best, and everyday
-nouns 0.92 to 0.90 (cells, graph); vectors with noise one at which these find 0.89 to 0.94, and 0.75 to 0.79.
+nouns 0.92 (cells) or 0.89 (a graph); vectors with noise one at which these find 0.90 or 0.95, and 0.74 or 0.77, while
+they promise 0.95 or 0.999 (benchmarks/tuning_queries.py).
 """
 
 import json
