@@ -61,9 +61,6 @@ class Filters:
         self._lock = Lock()
         self._kept: list[tuple[weakref.ref[np.ndarray], Searched]] = []
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
     def searched(self, allowed: np.ndarray | None) -> Searched:
         """What is looked at for a filter (N,) bool, or for none; made now or, for one that is read-only, before.
 

@@ -25,6 +25,7 @@ from index.interrupts import interrupts_blocked
 CPU_WINDOW = 128
 GPU_WINDOW = 4096
 THREAD_WINDOW = 16
+_GONE = (BrokenPipeError, ConnectionResetError)  # what sending to a process that has ended raises
 
 
 class ProcessCrew:
@@ -58,7 +59,7 @@ class ProcessCrew:
         self._connections[worker] = ours
 
     def give(self, worker: int, task: Task) -> None:
-        with suppress(BrokenPipeError, ConnectionResetError):
+        with suppress(*_GONE):
             self._connections[worker].send(task)
 
     def wait(self) -> Iterator[tuple[int, Outcomes | Death]]:
@@ -98,9 +99,10 @@ def _serve(connection: Connection, recipe: Recipe) -> None:
     try:
         model = recipe.load()
     except CotsError as error:
-        connection.send(error)
+        with suppress(*_GONE):
+            connection.send(error)
         return
-    with suppress(BrokenPipeError, ConnectionResetError):
+    with suppress(*_GONE):
         connection.send(Outcomes())
         work(inbox, model, recipe, connection.send)
 
