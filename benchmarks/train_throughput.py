@@ -6,8 +6,8 @@
 
 Pixels and word pieces are random and lie on the GPU. Every row is a process of its own, so that memory and compiled
 code of one do not help another. Utilisation is the FLOPs of the maths that must be done (counted by
-pretrain/flops.py) over the rate of a bf16 matrix product of 8192 x 8192, measured in the same process. The visual
-tokenizer has random weights, which costs the same.
+pretrain/flops.py) over the rate of a bf16 matrix product of 8192 x 8192, measured in the same process just before the
+steps, when the GPU is as warm as they will find it. The visual tokenizer has random weights, which costs the same.
 """
 
 import argparse
@@ -107,8 +107,6 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Build one row's step, warm it up and time it."""
     torch.backends.cuda.matmul.allow_tf32 = True
     with process_group("cuda") as ranks, tempfile.TemporaryDirectory() as scratch:
-        rate = matrix_rate(ranks.device)
-        assert rate is not None
         started = time.perf_counter()
         if name.startswith("open_clip"):
             take, flops = open_clip_step("compiled" in name, ranks.device, arguments.batch)
@@ -123,6 +121,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             built = time.perf_counter() - started
             if arguments.hold:
                 _wait_for_go(arguments.hold.with_name(f"{arguments.hold.name}.{ranks.rank}"))
+            rate = matrix_rate(ranks.device)
+            assert rate is not None
             torch.cuda.reset_peak_memory_stats()
             seconds = []
             for _ in range(STEPS):
