@@ -10,7 +10,7 @@ The rank of a query is 1 + the number of non-relevant candidates that score at l
 a model that gives every candidate the same score finds nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,10 +56,11 @@ def rank(scores: Tensor | np.ndarray, relevance: Tensor | np.ndarray) -> Ranking
 
     Args:
         scores: (Q, C) numbers of any precision, higher is better; compared as they are. Minus infinity is a score.
-        relevance: (Q, C) bool, at least one True a row.
+        relevance: (Q, C) bool, or zeros and ones; at least one True a row.
 
     Raises:
-        EvaluationError: the shapes differ, there is nothing to rank, a score is NaN, or a query has nothing relevant.
+        EvaluationError: the shapes differ, there is nothing to rank, a score is NaN, a relevance is neither 0 nor 1, or
+            a query has nothing relevant.
     """
     scores, relevance = torch.as_tensor(scores), torch.as_tensor(relevance)
     if scores.ndim != 2 or scores.shape != relevance.shape:
@@ -69,7 +70,8 @@ def rank(scores: Tensor | np.ndarray, relevance: Tensor | np.ndarray) -> Ranking
         )
     if not scores.is_floating_point():
         scores = scores.double()  # whole numbers know no minus infinity, which hides candidates
-    return _gather(_rank_rows(scores[rows], relevance[rows].bool(), rows) for rows in _chunks(*scores.shape))
+    queries, candidates = scores.shape
+    return _by_chunks(queries, candidates, lambda rows: _rank_rows(scores[rows], _as_bool(relevance[rows]), rows))
 
 
 def rank_embeddings(
@@ -99,7 +101,7 @@ def rank_embeddings(
         relevance = query_labels[rows, None] == candidate_labels
         return _rank_rows(adjust(scores, rows) if adjust else scores, relevance, rows)
 
-    return _gather(ranked(rows) for rows in _chunks(len(queries), len(candidates)))
+    return _by_chunks(len(queries), len(candidates), ranked)
 
 
 def summary(ranking: Ranking) -> dict[str, float]:
@@ -121,6 +123,18 @@ def median(ranks: Tensor) -> float:
 def recall_sum(*directions: dict[str, float]) -> float:
     """RSum: R@1 + R@5 + R@10 of all directions."""
     return sum(metrics[f"R@{k}"] for metrics in directions for k in RECALLS)
+
+
+def _as_bool(relevance: Tensor) -> Tensor:
+    """Relevance as bool; other numbers than 0 and 1 are scores in the wrong place, which would all count as True."""
+    if relevance.dtype == torch.bool:
+        return relevance
+    strange = relevance[(relevance != 0) & (relevance != 1)]
+    if len(strange):
+        raise EvaluationError(
+            f"Relevance must be True or False (or 1 or 0), not {strange[0].item()}; the scores come first."
+        )
+    return relevance.bool()
 
 
 def _rank_rows(scores: Tensor, relevance: Tensor, rows: slice) -> Ranking:
@@ -157,9 +171,18 @@ def _average_precision(hits: Tensor, misses: Tensor, relevant: Tensor) -> Tensor
     return ((order + 1) / places.double() * found).sum(dim=1) / relevant.clamp_max(DEPTH)
 
 
-def _gather(parts: Iterator[Ranking]) -> Ranking:
-    rankings = list(parts)
-    return Ranking(torch.cat([part.ranks for part in rankings]), torch.cat([part.precision for part in rankings]))
+def _by_chunks(queries: int, candidates: int, ranked: Callable[[slice], Ranking]) -> Ranking:
+    """Rank a chunk of rows at a time.
+
+    What they give goes into one place that is there before: many small tensors kept between the large ones of the
+    chunks would keep the allocator from using the same memory for each.
+    """
+    chunks = _chunks(queries, candidates)
+    everything = Ranking(torch.empty(queries, dtype=torch.int64), torch.empty(queries, dtype=torch.float64))
+    for rows in chunks:
+        part = ranked(rows)
+        everything.ranks[rows], everything.precision[rows] = part.ranks, part.precision
+    return everything
 
 
 def _chunks(queries: int, candidates: int) -> list[slice]:

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -184,6 +187,8 @@ def test_agreement_with_torchmetrics() -> None:
         (torch.tensor([[0.0, 1.0]]), torch.tensor([[False, False]]), "no relevant candidate, the first is number 0"),
         (torch.zeros(2, 3), torch.zeros(3, 2, dtype=torch.bool), "must both be"),
         (torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.bool), "nothing to rank"),
+        (torch.eye(2), torch.tensor([[0.9, 0.1], [0.2, 0.8]]), r"not 0\.89.*; the scores come first"),
+        (torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, float("nan")]]), "True or False .* not nan"),
     ],
 )
 def test_what_cannot_be_ranked_is_an_error(scores: torch.Tensor, relevance: torch.Tensor, message: str) -> None:
@@ -197,6 +202,31 @@ def test_a_vector_with_nan_is_an_error() -> None:
     damaged[2, 3] = float("nan")
     with pytest.raises(EvaluationError, match="NaN"):
         rank_embeddings(vectors, damaged, torch.arange(4), torch.arange(4))
+
+
+def test_zeros_and_ones_are_relevance_too() -> None:
+    scores, relevance = torch.rand(6, 5), torch.eye(6, 5).roll(1, dims=0) + torch.eye(6, 5) > 0
+    relevance[5, 4] = True
+    for dtype in (torch.int64, torch.float32, torch.uint8):
+        assert retrieval_metrics(scores, relevance.to(dtype)) == retrieval_metrics(scores, relevance)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB there")
+def test_a_large_matrix_is_ranked_in_the_memory_of_a_chunk() -> None:
+    program = """
+import resource, torch
+from cots.evaluation.metrics import retrieval_metrics
+torch.set_num_threads(1)
+queries = torch.arange(12_500)
+scores, relevance = torch.rand(12_500, 5_000), torch.zeros(12_500, 5_000, dtype=torch.bool)
+relevance[queries, queries // 5] = True
+retrieval_metrics(scores[:250], relevance[:250])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+retrieval_metrics(scores, relevance)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(outcome.stdout) < 100  # MB; the matrix has 250
 
 
 def test_a_summary_counts_queries_not_items() -> None:
