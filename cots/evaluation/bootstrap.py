@@ -42,7 +42,8 @@ class Difference:
     Attributes:
         value: the difference.
         interval: the middle 95 % of the differences over the resamples.
-        p_value: two-sided: twice the share of resamples on the smaller side of zero.
+        p_value: two-sided: twice the share of resamples on the smaller side of zero, (count + 1) / (resamples + 1), so
+            that it is never zero (Davison and Hinkley, 1997, section 4.2.5).
     """
 
     value: float
@@ -89,8 +90,8 @@ def differences(
 
 
 def _difference(value: float, drawn: np.ndarray) -> Difference:
-    smaller = min(float((drawn <= 0).mean()), float((drawn >= 0).mean()))
-    return Difference(value, _middle(drawn), min(1.0, 2 * smaller))
+    smaller = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    return Difference(value, _middle(drawn), min(1.0, 2 * (smaller + 1) / (len(drawn) + 1)))
 
 
 def _plain(queries: Queries) -> dict[str, float]:

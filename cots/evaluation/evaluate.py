@@ -111,7 +111,7 @@ class EvaluationResult:
                 **{name: _rounded(figures) for name, figures in around.items()},
                 "RSum": _rounded({"RSum": around_sum})["RSum"],
                 "level": LEVEL,
-                "method": f"bootstrap over {self.kind}s, each with its captions; {resamples} resamples, seed {SEED}",
+                "method": f"bootstrap over {self._units()}, each with its captions; {resamples} resamples, seed {SEED}",
             },
             "normalised": {
                 "note": USES_THE_WHOLE_TEST_SET,
@@ -141,6 +141,11 @@ class EvaluationResult:
                 },
             },
         }
+
+    def _units(self) -> str:
+        """What the bootstrap draws: "1,000 videos", or "64 groups of 112 videos"."""
+        items, groups = len(self.test_set.items), len(self.test_set.labels.unique())
+        return f"{items:,} {self.kind}s" if groups == items else f"{groups:,} groups of {items:,} {self.kind}s"
 
     def _frames(self) -> str | int | None:
         if self.kind == "image":
@@ -255,7 +260,7 @@ def _failures(
         named = some((f"{name}: {reason}" for name, reason in failures.items()), between="; ")
         raise EvaluationError(
             f"{len(failures)} of {len(test_set.items)} items of {test_set.protocol} cannot be read, more than "
-            f"{100 * max_bad_share:.3g}%: {named}."
+            f"{100 * max_bad_share:.3g}%: {named}. Mend them, or allow more with --max-failures."
         )
     return failures
 

@@ -190,6 +190,8 @@ def test_items_of_a_group_are_relevant_to_each_others_captions(
     assert (together.rankings["text_to_image"].ranks <= apart.rankings["text_to_image"].ranks).all()
     units = together.queries()["text_to_image"].units
     assert units.tolist() == [item // 2 for item in owner]  # a group is resampled as a whole
+    assert "bootstrap over 6 groups of 12 images, " in together.to_json(resamples=10)["intervals"]["method"]
+    assert "bootstrap over 12 images, " in apart.to_json(resamples=10)["intervals"]["method"]
 
 
 def test_a_shards_group_counts_as_a_tables_does(
