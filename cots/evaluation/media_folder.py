@@ -5,6 +5,7 @@ found = find_media(["video7010", "video7020"], "data/msrvtt", "video")
 
 import hashlib
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -116,13 +117,19 @@ def _refuse_missing(
     stems = {_stem(path.name).casefold(): path.name for path in extra}
     hints = []
     for name in missing[:NAMED]:
-        near = get_close_matches(_stem(name).casefold(), stems, n=1, cutoff=0.8)
+        numbers = _numbers(_stem(name))
+        alike = [stem for stem in stems if numbers <= _numbers(stem)]  # video7010 is not a misspelt video701
+        near = get_close_matches(_stem(name).casefold(), alike, n=1, cutoff=0.8)
         hints.append(f"{name} (there is a {stems[near[0]]})" if near else name)
     rest = f" and {len(missing) - NAMED:,} more" if len(missing) > NAMED else ""
     raise EvaluationError(
         f"{len(missing):,} of the {len(ids):,} {kind}s of {what} are not below {folder}: {', '.join(hints)}{rest}. "
-        "Figures on a part of them could not be compared with any other."
+        "Figures on a part of them could not be compared with any other; `cots evaluate --list` says where to get them."
     )
+
+
+def _numbers(name: str) -> set[str]:
+    return {number.lstrip("0") for number in re.findall(r"\d+", name)}
 
 
 def _open(by_id: dict[str, list[Path]], kind: Kind, what: str) -> tuple[dict[str, Sample], dict[str, str]]:

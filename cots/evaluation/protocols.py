@@ -260,7 +260,8 @@ def _find_file(folder: Path, names: tuple[str, ...], protocol: Protocol) -> Path
         if below:
             return below[0]
     raise EvaluationError(
-        f"{protocol.name} needs {' or '.join(names)} in {folder}. Where to get it: {protocol.origin}."
+        f"{protocol.name} needs {' or '.join(names)} in {folder} (anywhere below), beside the {protocol.kind}s "
+        f"{protocol.media}. Where to get it: {protocol.origin}."
     )
 
 

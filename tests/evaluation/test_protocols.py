@@ -139,6 +139,13 @@ def test_a_missing_video_under_a_like_name_is_pointed_out(tmp_path: Path) -> Non
         open_protocol(protocol, tmp_path)
 
 
+def test_a_video_of_another_number_is_not_pointed_out(tmp_path: Path) -> None:
+    protocol = msrvtt_1ka(tmp_path)
+    (tmp_path / "videos" / "video7021.mp4").rename(tmp_path / "videos" / "video702.mp4")
+    with pytest.raises(EvaluationError, match=r"video7021\. Figures .* `cots evaluate --list` says where to get them"):
+        open_protocol(protocol, tmp_path)
+
+
 def test_two_files_of_one_video_are_refused(tmp_path: Path) -> None:
     protocol = msrvtt_1ka(tmp_path)
     write_clip(tmp_path / "more" / "video7021.mov", 99)
