@@ -77,6 +77,11 @@ def _read(path: str | Path) -> tuple[Document, dict[str, Queries]]:
         raise EvaluationError(f"The ranks of {path} are damaged ({type(error).__name__}: {error}).") from error
     if lacking or not sides or "digest" not in document["queries"]:
         raise EvaluationError(f"{path} is a part of a result: it has no {', '.join(lacking) or 'digest or no ranks'}.")
+    try:
+        _lost(document)
+        _model(document)
+    except (TypeError, KeyError) as error:
+        raise EvaluationError(f"The model or the failures of {path} are damaged ({error}).") from error
     return document, sides
 
 
@@ -104,13 +109,18 @@ def _model(document: Document) -> str:
     return f"{document['model']} ({document['fingerprint'][:12]})"
 
 
+def _lost(document: Document) -> set[str]:
+    """The items that could not be read."""
+    return {failure["path"] for failure in document["decode_failures"]}
+
+
 def _notes(before: Document, after: Document) -> list[str]:
     """What else than the model could have made the difference."""
     notes = []
     for key, words in (("frames", "frames of each video"), ("image_size", "pixels a side")):
         if before.get(key) != after.get(key):
             notes.append(f"{words}: {before.get(key)} in the first, {after.get(key)} in the second")
-    lost = [{failure["path"] for failure in document["decode_failures"]} for document in (before, after)]
+    lost = _lost(before), _lost(after)
     if lost[0] != lost[1]:
         notes.append(f"items that could not be read: {len(lost[0])} in the first, {len(lost[1])} in the second")
     if before["fingerprint"] == after["fingerprint"]:

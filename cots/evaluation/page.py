@@ -8,7 +8,16 @@ from typing import Any
 from cots.evaluation.examples import Answer, Example
 from cots.evaluation.protocols import PROTOCOLS
 from cots.evaluation.references import RECALLED, Reference, references
-from cots.evaluation.tables import FIGURES, directions_of, headline, kind_of, normalised_rows, sampling, spoken
+from cots.evaluation.tables import (
+    FIGURES,
+    directions_of,
+    headline,
+    kind_of,
+    lost_items,
+    normalised_rows,
+    sampling,
+    spoken,
+)
 
 _STYLE = Path(__file__).with_name("report.css")
 
@@ -46,7 +55,7 @@ def render(document: dict[str, Any], examples: Mapping[str, Examples], pictures:
     parts = [
         f'<div class="pair">{"".join(_direction(document, name) for name in directions)}</div>',
         _rsum(document),
-        *(f'<p class="note">{escape(warning)}.</p>' for warning in document["warnings"]),
+        *(f'<p class="note">{escape(note)}.</p>' for note in (*lost_items(document), *document["warnings"])),
         "<h2>Where the wanted one came</h2>",
         '<p class="hint">Queries by the rank of their best relevant candidate. Blue: within the first ten.</p>',
         f'<div class="pair chart">{"".join(_histogram(document, name) for name in directions)}</div>',

@@ -45,6 +45,12 @@ def sampling(document: dict[str, Any]) -> str:
     return f"{frames} frames each" if isinstance(frames, int) else "one frame a second" if frames else ""
 
 
+def lost_items(document: dict[str, Any]) -> list[str]:
+    """What to say of items without a vector; nothing if there are none."""
+    lost = len(document["decode_failures"])
+    return [f"{lost:,} of the {kind_of(document)}s could not be read and count as never found"] if lost else []
+
+
 def result_rows(document: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """Each direction's figures with their 95 % intervals, ready to print."""
     around = document["intervals"]
@@ -68,11 +74,10 @@ def normalised_rows(document: dict[str, Any]) -> list[tuple[str, list[str]]]:
 def as_text(document: dict[str, Any]) -> str:
     """The table for a terminal."""
     low, high = document["intervals"]["RSum"]
-    lost = len(document["decode_failures"])
     return "\n".join(
         [
             f"{document['protocol']}: {headline(document)}",
-            *([f"{lost} of them could not be read and count as never found"] if lost else []),
+            *lost_items(document),
             *_aligned([("", list(FIGURES)), *result_rows(document)]),
             f"RSum {document['RSum']:.1f} [{low:.1f}, {high:.1f}]",
             f"in brackets: 95 % intervals, {document['intervals']['method']}",
@@ -109,11 +114,12 @@ def as_markdown(document: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def list_protocols() -> str:
-    """All protocols with what they need and what others reported, for a terminal."""
-    sources = list(dict.fromkeys(row.source for protocol in PROTOCOLS for row in references(protocol)))
+def list_protocols(*names: str) -> str:
+    """Protocols, by default all, with what they need and what others reported, for a terminal."""
+    listed = [PROTOCOLS[name] for name in names or PROTOCOLS]
+    sources = list(dict.fromkeys(row.source for protocol in listed for row in references(protocol.name)))
     parts = ["An evaluation file (.jsonl, .csv, .parquet, .tar) needs no protocol: cots evaluate FILE"]
-    for protocol in PROTOCOLS.values():
+    for protocol in listed:
         lines = [f"{protocol.name}  {protocol.title}", *_needs(protocol)]
         rows = [("", ["R@1", "R@5", "R@10", "reverse", "setting, source"])] if references(protocol.name) else []
         for row in references(protocol.name):

@@ -74,6 +74,7 @@ def test_the_page_stands_alone(photos: EvaluationResult, tmp_path: Path) -> None
     assert "&lt;b&gt;cat&lt;/b&gt;" in page or "a dog &amp;" in page
     assert "<b>cat</b>" not in page
     assert "07.png: the file is empty" in page
+    assert "1 of the images could not be read and count as never found" in page.partition("Where the wanted")[0]
     assert "uses the whole test set" in page
     for direction in ("text_to_image", "image_to_text"):
         assert f"{document[direction]['R@1']:.1f}" in page
@@ -189,6 +190,15 @@ def test_a_damaged_result_is_refused(
     (tmp_path / "b.json").write_text(json.dumps(document))
     with pytest.raises(EvaluationError, match=message):
         compare(tmp_path / "a.json", tmp_path / "b.json")
+
+
+@pytest.mark.parametrize("damage", [{"decode_failures": "none"}, {"decode_failures": [{}]}, {"fingerprint": None}])
+def test_damaged_facts_of_a_result_are_refused(
+    damage: dict[str, object], photos: EvaluationResult, tmp_path: Path
+) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(photos.to_json(resamples=10) | damage))
+    with pytest.raises(EvaluationError, match=r"The model or the failures of .* are damaged"):
+        compare(tmp_path / "a.json", tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("gone", ["protocol", "fingerprint", "decode_failures"])
