@@ -30,7 +30,9 @@ def evaluate(
     report: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write an HTML page, Markdown and JSON there.")
     ] = None,
-    list_all: Annotated[bool, typer.Option("--list", help="Show the protocols and what others reported.")] = False,
+    list_all: Annotated[
+        bool, typer.Option("--list", help="Show the protocols, or the one named, and what others reported.")
+    ] = False,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(metavar="A.json B.json", help="Instead: is result B better than A? A paired bootstrap."),
@@ -45,15 +47,24 @@ def evaluate(
     R@1, R@5, R@10, median and mean rank, from texts to items and back, with intervals.
     """
     from cots.evaluation import tables
+    from cots.evaluation.protocols import find_protocol
 
     if list_all:
-        typer.echo(tables.list_protocols())
+        _refuse("--list", {"--compare": compare, "--data": data, "--json": json_file, "--report": report})
+        typer.echo(tables.list_protocols(*([find_protocol(protocol).name] if protocol else [])))
     elif compare is not None:
+        _refuse("--compare", {protocol: protocol, "--data": data, "--report": report})
         _compare(*compare, json_file)
     elif protocol is None:
         raise typer.BadParameter("name a protocol or a file, or give --list or --compare")
     else:
         _evaluate(protocol, data, model, json_file, report, max_failures, batch_size)
+
+
+def _refuse(option: str, others: dict[str | None, object]) -> None:
+    """An option beside one that leaves it without effect is a misunderstanding."""
+    if given := [str(name) for name, value in others.items() if value is not None]:
+        raise typer.BadParameter(f"{option} does not go with {' and '.join(given)}; leave out one or the other")
 
 
 def _evaluate(
@@ -116,7 +127,7 @@ def _tell_what_is_there(protocol: "Protocol", test_set: "EvaluationSet", max_fai
     if len(unreadable) > max_failures * len(test_set.items):
         raise EvaluationError(
             f"{len(unreadable)} of {counted(len(test_set.items), protocol.kind)} of {protocol.name} cannot be opened, "
-            f"more than {100 * max_failures:.3g}%."
+            f"more than {100 * max_failures:.3g}%. Mend them, or allow more with --max-failures."
         )
     rest = f"; {len(unreadable):,} of the videos cannot be opened." if unreadable else ", all there."
     held = f"{counted(len(test_set.items), protocol.kind)} and {counted(len(test_set.captions), 'caption')}"

@@ -38,6 +38,25 @@ def test_the_list(cots: Cots) -> None:
     assert outcome.code == 0
     assert "msrvtt_1ka  MSR-VTT, 1k-A" in outcome.out
     assert "recalled, not re-checked" in outcome.out
+    one = cots("evaluate", "msrvtt_full", "--list")
+    assert one.code == 0
+    assert "CLIP2Video" in one.out
+    assert "msrvtt_1ka" not in one.out
+    assert_one_sentence(cots("evaluate", "msrvtt_ful", "--list"), "did you mean msrvtt_full")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--list", "--json", "out.json"), "--list does not go with --json"),
+        (("--compare", "a.json", "b.json", "--report", "out"), "--compare does not go with --report"),
+        (("msrvtt_1ka", "--compare", "a.json", "b.json"), "--compare does not go with msrvtt_1ka"),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(cots: Cots, given: tuple[str, ...], message: str) -> None:
+    outcome = cots("evaluate", *given)
+    assert outcome.code == 2
+    assert message in " ".join(outcome.err.split())
 
 
 def test_a_report_and_a_comparison(cots: Cots, media: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
