@@ -64,8 +64,11 @@ def save_checkpoint(run: Path, state: dict[str, Any], step: int, keep: int) -> P
         scratch.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         scratch.unlink(missing_ok=True)
+        before = latest_checkpoint(run)
+        left = "and there is no earlier one" if before is None else f"{before} is intact"
         raise TrainingError(
-            f"The checkpoint {path} cannot be written ({_reason(error)}); the earlier ones are intact."
+            f"The checkpoint {path} cannot be written ({_reason(error)}), {left}; make room and go on with "
+            "training.resume=true."
         ) from error
     killed = directory.glob("step-*.tmp")  # what a run was writing when it was
     for old in [*sorted(directory.glob(_PATTERN))[:-keep], *killed]:
@@ -116,9 +119,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and I/O errors of many classes
         # torch's message on a foreign pickle is a page that advises to load it unsafely
-        reason = (
-            "no PyTorch file" if isinstance(error, UnpicklingError | EOFError) else str(error).strip().splitlines()[0]
-        )
+        foreign = isinstance(error, UnpicklingError | EOFError)
+        reason = "no PyTorch file" if foreign else str(error).strip().partition("\n")[0].partition(". ")[0]
         raise TrainingError(
             f"The checkpoint {path} is damaged ({reason}); remove it to go on from an earlier one."
         ) from error

@@ -36,7 +36,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     for damaged in (content[: len(content) // 2], b"", b"not a checkpoint"):
         path.write_bytes(damaged)
         with pytest.raises(
-            TrainingError, match=r"step-00000001\.pt is damaged .*remove it to go on from an earlier one"
+            TrainingError, match=r"step-00000001\.pt is damaged \([^.]*\); remove it to go on from an earlier one"
         ):
             read_checkpoint(path)
 
@@ -48,12 +48,21 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(tmp_path: P
         (tmp_path / "checkpoints" / "step-00000002.tmp").symlink_to("/dev/full")  # a disk that is full
         with pytest.raises(
             TrainingError,
-            match=r"step-00000002\.pt cannot be written \(No space left on device\); the earlier ones are intact",
+            match=r"step-00000002\.pt cannot be written \(No space left on device\), .*step-00000001\.pt is intact; "
+            r"make room and go on with training\.resume=true",
         ):
             save_checkpoint(tmp_path, state, 2, keep=1)
     newest = latest_checkpoint(tmp_path)
     assert newest is not None
     assert read_checkpoint(newest) == {"step": 1}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+def test_a_first_checkpoint_that_cannot_be_written_is_not_said_to_have_earlier_ones(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-00000001.tmp").symlink_to("/dev/full")
+    with pytest.raises(TrainingError, match="and there is no earlier one; make room"):
+        save_checkpoint(tmp_path, {"step": 1}, 1, keep=1)
 
 
 def test_ctrl_c_waits_until_a_checkpoint_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
