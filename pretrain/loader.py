@@ -25,7 +25,7 @@ from cots.model.caption_tokenizer import CaptionTokenizer
 from pretrain.loader_workers import WorkerLoader
 from pretrain.pair_sources import Pair, PairSource, name_of
 
-_SUBSTITUTES = 16
+SUBSTITUTES = 16  # tried in place of an item that cannot be read
 
 
 @dataclass
@@ -91,13 +91,12 @@ class TrainingPairs(Dataset[tuple[Any, ...]]):
         bad: list[tuple[str, str]] = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed_of(self.seed, place))
-            for attempt in range(_SUBSTITUTES):
-                actual = (index + attempt * 7919) % len(self)
+            for actual in substitutes(index, len(self)):
                 try:
                     return (*self._load(actual), actual, bad)
                 except MediaError as error:
                     bad.append((name_of(self.sources, actual), error.reason))
-        raise TrainingError(f"{_SUBSTITUTES} samples in a row could not be read, the last {bad[-1][0]}: {bad[-1][1]}.")
+        raise TrainingError(f"{SUBSTITUTES} samples in a row could not be read, the last {bad[-1][0]}: {bad[-1][1]}.")
 
     def _locate(self, index: int) -> tuple[PairSource, int]:
         source = int(np.searchsorted(self.starts, index, side="right")) - 1
@@ -120,6 +119,12 @@ class TrainingPairs(Dataset[tuple[Any, ...]]):
             one, thinned = self.transform(frame, captions)
             pixels.append(one)
         return torch.stack(pixels), self.tokenizer(thinned, pad_to_max=True), item_id(pair, index)
+
+
+def substitutes(index: int, count: int) -> list[int]:
+    """An item among `count`, and those that take its place, in turn, if it cannot be read."""
+    stride = 7919 if count % 7919 else 1  # a prime, so that the items differ for as long as there are others
+    return [(index + attempt * stride) % count for attempt in range(SUBSTITUTES)]
 
 
 def item_id(pair: Pair, number: int) -> int:

@@ -17,13 +17,12 @@ from torch.utils.data import Dataset
 from cots.data.device_augmentation import DRAWS
 from cots.data.square_transform import SquareTransform
 from cots.errors import MediaError, MissingDependency, TrainingError
-from pretrain.loader import StepSampler
+from pretrain.loader import SUBSTITUTES, StepSampler, substitutes
 from pretrain.loader_workers import WorkerLoader
 from pretrain.pair_sources import CLIP_FRAMES, PairSource, name_of
 from pretrain.pixel_cache import uniform_draws
 
 Bad = tuple[str, str]  # a sample's name, and why it could not be read
-_SUBSTITUTES = 16
 _DECODED_AT_ONCE = 32
 
 
@@ -175,8 +174,7 @@ class _OneFrame(Dataset[tuple[Tensor, int, int, list[Bad]]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, list[Bad]]:
         place, index = key
         bad: list[Bad] = []
-        for attempt in range(_SUBSTITUTES):
-            actual = (index + attempt * 7919) % len(self.frames)
+        for actual in substitutes(index, len(self.frames)):
             try:
                 squares = self.frames[actual]
             except (MediaError, MissingDependency) as error:
@@ -185,7 +183,7 @@ class _OneFrame(Dataset[tuple[Tensor, int, int, list[Bad]]]):
                 continue
             chosen = _frame(uniform_draws(self.seed, place, 1), np.array([len(squares)]))[0]
             return squares[chosen], place, actual, bad
-        raise TrainingError(f"{_SUBSTITUTES} samples in a row could not be read, the last {bad[-1][0]}: {bad[-1][1]}.")
+        raise TrainingError(f"{SUBSTITUTES} samples in a row could not be read, the last {bad[-1][0]}: {bad[-1][1]}.")
 
 
 def _stack(items: list[tuple[Tensor, int, int, list[Bad]]]) -> tuple[Tensor, int, list[int], list[Bad]]:

@@ -12,7 +12,7 @@ from PIL import Image
 from cots.config import DataConfig, SourceConfig
 from cots.errors import SourceError, TrainingError
 from cots.model.caption_tokenizer import WordPieceTokenizer
-from pretrain.loader import Batch, StepSampler, epoch_order, steps_per_epoch, training_loader
+from pretrain.loader import SUBSTITUTES, Batch, StepSampler, epoch_order, steps_per_epoch, substitutes, training_loader
 from pretrain.pair_sources import TablePairs, open_source
 
 LENGTHS, WEIGHTS = (10, 7, 4), (1.0, 2.5, 0.5)
@@ -129,6 +129,13 @@ def test_a_bad_sample_is_named_and_another_stands_in(
     assert [name for name, _ in bad] == ["bad"]
     assert "not an image" in bad.pop()[1]
     assert all(len(batch.item_ids) == 8 for batch in loaded)
+
+
+@pytest.mark.parametrize("count", [16, 7919, 3 * 7919])
+def test_as_many_others_stand_in_as_there_are(count: int) -> None:
+    assert len(set(substitutes(5, count))) == SUBSTITUTES
+    assert substitutes(5, count)[0] == 5
+    assert set(substitutes(2, 3)) == {0, 1, 2}
 
 
 def test_nothing_but_bad_samples_ends_the_training(
