@@ -45,7 +45,7 @@ def process_group(device: str) -> Iterator[Ranks]:
     who wait for this one.
 
     Raises:
-        ConfigError: the device does not exist.
+        ConfigError: the device does not exist, or there are fewer GPUs than processes.
     """
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
@@ -65,12 +65,23 @@ def process_group(device: str) -> Iterator[Ranks]:
         yield Ranks(0, 1, target)
         return
     if target.type == "cuda":
-        target = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise ConfigError(
+                f"torchrun started process {local + 1} on a machine of {gpus} GPU(s), and each needs one of its own; "
+                f"set --nproc-per-node {gpus}."
+            )
+        target = torch.device("cuda", local)
         torch.cuda.set_device(target)
     # Others wait while the first rank validates; of one that died, torchrun ends the others at once.
     dist.init_process_group("nccl" if target.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     yield Ranks(dist.get_rank(), count, target)
     dist.destroy_process_group()
+
+
+def lost_another_rank(error: RuntimeError) -> bool:
+    """Whether a rank cannot go on because another one has gone; what gloo raises then has no class of its own."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 class StopRequest:

@@ -25,7 +25,7 @@ from pretrain.checkpoint import (
     save_checkpoint,
     writing_to,
 )
-from pretrain.distributed import Ranks, StopRequest, process_group, sum_over_ranks
+from pretrain.distributed import Ranks, StopRequest, lost_another_rank, process_group, sum_over_ranks
 from pretrain.loader import StepSampler
 from pretrain.optimizer import rate_factor
 from pretrain.pair_sources import name_of, open_source
@@ -301,12 +301,20 @@ def run_training(kind: type[TrainingRun[Config, Any]], config: Config) -> Path:
     Raises:
         ConfigError: settings that contradict each other or a run that is already there.
         SourceError: a source without samples.
-        TrainingError: the loss is no number, too many samples cannot be read, or the run cannot be written.
+        TrainingError: the loss is no number, too many samples cannot be read, the run cannot be written, or another
+            process of it has gone.
     """
     with writing_to(Path(config.training.output)), process_group(config.training.device) as ranks:
         run = kind(config, ranks)
         try:
             run.train()
+        except RuntimeError as error:
+            if ranks.count > 1 and lost_another_rank(error):
+                raise TrainingError(
+                    f"Process {ranks.rank} of the run lost touch with another one, which has ended or cannot be "
+                    "reached; if it said why, that stands beside this. Go on with training.resume=true."
+                ) from error
+            raise
         finally:
             run.telemetry.close()
         if ranks.first:

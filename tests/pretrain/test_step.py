@@ -280,15 +280,13 @@ def test_two_processes_train_the_token_level(make_config: MakeConfig, every_leve
     assert "loss_masked_image" in _rows(Path(config.training.output))[-1]
 
 
-def test_when_one_rank_dies_the_others_end_with_an_error(make_config: MakeConfig) -> None:
+def test_when_one_rank_dies_the_others_end_with_a_sentence(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("two", training={"epochs": 5000})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.Popen(
-        [*command, *_command(config)[1:]],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-    )
+    said = tmp_path / "said.txt"
+    with said.open("wb") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen([*command, *_command(config)[1:]], cwd=ROOT, env=environment, stderr=file)
     log = Path(config.training.output) / "log.jsonl"
     while not (log.exists() and log.read_text().count("\n") > 3):
         assert process.poll() is None
@@ -296,6 +294,7 @@ def test_when_one_rank_dies_the_others_end_with_an_error(make_config: MakeConfig
     ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
     assert process.wait(timeout=60) != 0
+    assert "Error: Process 0 of the run lost touch with another one" in said.read_text()
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_items(make_config: MakeConfig) -> None:
