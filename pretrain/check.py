@@ -16,6 +16,7 @@ from rich.text import Text
 from cots.config import PretrainConfig, SourceConfig
 from cots.errors import CotsError, TrainingError
 from cots.model.caption_tokenizer import CaptionTokenizer
+from cots.model.visual_tokenizer import load_visual_tokenizer
 from pretrain.checkpoint import latest_checkpoint
 from pretrain.loader import steps_per_epoch
 from pretrain.pair_sources import open_source
@@ -68,6 +69,7 @@ def examine(config: PretrainConfig) -> CheckReport:
             f"{output} holds a run already; go on with training.resume=true or choose another training.output."
         )
     tokenizer = _uncut_tokenizer(config, report)
+    _look_for_visual_tokenizer(config, report)
     _look_at_sources(config, tokenizer, report)
     _judge_sources(config, report)
     if not report.problems:
@@ -91,6 +93,15 @@ def _uncut_tokenizer(config: PretrainConfig, report: CheckReport) -> CaptionToke
     except CotsError as error:
         report.problems.append(str(error))
         return None
+
+
+def _look_for_visual_tokenizer(config: PretrainConfig, report: CheckReport) -> None:
+    masked = config.objective.masked_modeling
+    try:
+        if masked.image_weight:
+            load_visual_tokenizer(masked.visual_tokenizer)
+    except CotsError as error:
+        report.problems.append(str(error))
 
 
 def _look_at_sources(config: PretrainConfig, tokenizer: CaptionTokenizer | None, report: CheckReport) -> None:
@@ -213,7 +224,7 @@ def _judge_trial(config: PretrainConfig, trial: Trial, report: CheckReport) -> N
     needed = sum(trial.memory.values())
     if trial.device_memory is not None and needed > 0.95 * trial.device_memory:
         report.warnings.append(
-            f"The training needs about {_gib(needed)} of the {_gib(trial.device_memory)} of {trial.device}; raise "
+            f"The training needs about {_gib(needed)}, and {_machine(trial)} has {_gib(trial.device_memory)}; raise "
             "training.accumulation, set training.activation_checkpointing=true, or train on several devices"
             + (f" with training.sharding=sharded ({_sharded(trial)})." if trial.sharded else ".")
         )
@@ -287,6 +298,10 @@ def _trial_table(report: CheckReport, trial: Trial, config: PretrainConfig) -> T
     table.add_row("time", f"about {_duration(hours)} on one device at that rate{compiled}, validation aside{remark}")
     table.add_row("checkpoint", f"{_gib(trial.checkpoint)}; {_gib(trial.disk)} of the disk are free")
     return table
+
+
+def _machine(trial: Trial) -> str:
+    return "this machine" if trial.device == "CPU" else trial.device
 
 
 def _sharded(trial: Trial) -> str:

@@ -173,5 +173,7 @@ def open_source(config: SourceConfig) -> PairSource:
         tars = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))  # a name may hold brackets
     source: PairSource = ShardPairs(tars) if tars else TablePairs(config.path)
     if len(source) == 0:
-        raise SourceError(f"The source {config.path} holds no pair of a picture and a caption.")
+        left_out = source.left_out if isinstance(source, TablePairs) else []
+        why = f", for none of its {len(left_out)} entries can be used: {left_out[0]}" if left_out else ""
+        raise SourceError(f"The source {config.path} holds no pair of a picture and a caption{why}.")
     return source

@@ -1,6 +1,7 @@
 """A few real steps on a small batch, and what they say of the memory and the time of the whole training."""
 
 import io
+import os
 import shutil
 import tempfile
 import time
@@ -33,7 +34,7 @@ class Trial:
     pairs: of a timed step; `seconds`: that it took.
     memory: bytes of the training as configured, by what they are for.
     sharded: bytes on each GPU with weights shared out among so many; empty if the towers or the batch do not divide.
-    device_memory: bytes that the device has; None for a CPU.
+    device_memory: bytes that the device has, a CPU those of the machine; None where they are not told.
     checkpoint: bytes of one checkpoint; `disk`: bytes free where they will be written.
     """
 
@@ -116,9 +117,17 @@ def _measure(config: PretrainConfig, stepper: TrainingStep) -> Trial:
     part = config.training.batch_size / config.training.accumulation
     trial.memory["activations"] = round(few + (more - few) / 2 * (part - 2))
     trial.sharded = _sharded_memory(config, stepper, trial.memory)
-    if on_gpu:
-        trial.device_memory = torch.cuda.get_device_properties(device).total_memory
+    trial.device_memory = _device_memory(device)
     return trial
+
+
+def _device_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # Windows has neither
+        return None
 
 
 def _empty_batch(config: PretrainConfig, items: int, device: torch.device) -> Batch:

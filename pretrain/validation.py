@@ -178,7 +178,10 @@ def refuse_test_split(path: str) -> None:
     """Raise ConfigError if a validation source, or the folder that it lies in, is named like a test split."""
     named = re.search(r"(?<!la)(?<!con)(?<!fas)test", Path(path).name.lower())  # "latest.jsonl" is none
     if named or Path(path).parent.name.lower() in ("test", "test_split", "testset"):
-        raise ConfigError(f"{path} is named like a test split; checkpoints are chosen on validation pairs only.")
+        raise ConfigError(
+            f"{path} is named like a test split; checkpoints are chosen on validation pairs only. Name others in "
+            "data.validation, or rename it if it is none."
+        )
 
 
 def criterion(results: dict[str, Metrics]) -> float:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from cots.commands.application import app
 from cots.config import PretrainConfig
 from cots.errors import MediaError, SourceError, TrainingError
-from pretrain.check import check, examine
+from pretrain.check import CheckReport, _judge_trial, check, examine
 from pretrain.trainer import pretrain
 from pretrain.trial import try_out
 
@@ -138,6 +138,10 @@ def _write(path: Path, members: dict[str, bytes]) -> Path:
         ({"data": {"validation": [{"path": "flickr-test.tar"}]}}, "named like a test split"),
         ({"data": {"validation": [{"path": "flickr/test/pairs.tar"}]}}, "named like a test split"),
         ({"data": {"validation": [{"path": "latest.tar"}]}}, "latest.tar"),
+        (
+            {"data": {"train": []}, "objective": {"masked_modeling": {"image_weight": 1, "visual_tokenizer": "gone"}}},
+            "There is no directory gone",
+        ),
     ],
 )
 def test_what_would_stop_the_run_is_found_before(make_config: MakeConfig, sections: dict, words: str) -> None:
@@ -152,6 +156,12 @@ def test_an_empty_shard_and_a_table_without_captions_hold_no_pairs(make_config: 
     (tmp_path / "a.png").write_bytes(_encoded(_photo(1)))
     for name in ("empty.tar", "list.jsonl"):
         assert "no pair of a picture and a caption" in _found(make_config(data=_only(tmp_path / name)))
+    assert "a.png: it has no caption" in _found(make_config(data=_only(tmp_path / "list.jsonl")))
+    rows = [json.dumps({"path": f"{name}.png", "caption": "a dog"}) for name in ("gone", "lost")]
+    (tmp_path / "gone.jsonl").write_text("\n".join(rows))
+    found = _found(make_config(data=_only(tmp_path / "gone.jsonl")))
+    assert "for none of its 2 entries can be used: " in found
+    assert "gone.png: no such file" in found
 
 
 def test_rows_of_a_table_that_are_left_out_are_named(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -235,6 +245,17 @@ def test_memory_grows_with_the_part_of_the_batch_that_is_held_at_once(make_confi
     assert memory(batch_size=32, accumulation=2)["activations"] == pytest.approx(plain["activations"], rel=0.1)
     assert memory(batch_size=16, activation_checkpointing=True)["activations"] < 0.7 * plain["activations"]
     assert plain["optimizer"] == pytest.approx(2 * plain["gradients"], rel=0.01)
+
+
+def test_a_training_larger_than_the_memory_of_the_machine_is_told(make_config: MakeConfig) -> None:
+    trial = try_out(make_config())
+    assert trial.device_memory is not None
+    assert trial.device_memory > 2**30
+    trial.memory["activations"] = 2 * trial.device_memory
+    report = CheckReport()
+    _judge_trial(make_config(), trial, report)
+    assert "and this machine has" in report.warnings[0]
+    assert "raise training.accumulation" in report.warnings[0]
 
 
 def test_sharing_out_the_weights_is_told_to_halve_what_it_halves(
