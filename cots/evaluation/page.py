@@ -7,7 +7,7 @@ from typing import Any
 
 from cots.evaluation.examples import Answer, Example
 from cots.evaluation.protocols import PROTOCOLS
-from cots.evaluation.references import RECALLED, Reference, references
+from cots.evaluation.references import RECALLED, SETTINGS, Reference, references
 from cots.evaluation.tables import (
     FIGURES,
     directions_of,
@@ -218,8 +218,8 @@ def _published(document: dict[str, Any]) -> str:
     header = ["", "setting", "R@1", "R@5", "R@10", f"{spoken(back)} R@1", "source"]
     return (
         "<h2>Published on this protocol</h2>"
-        '<p class="hint">Compare within a setting: zero-shot and fine-tuned figures answer different questions.</p>'
-        + f'<div class="published">{_table(header, [mine, *map(_reference, rows)])}</div>'
+        f'<p class="hint">{SETTINGS}</p>'
+        f'<div class="published">{_table(header, [mine, *map(_reference, rows)])}</div>'
     )
 
 

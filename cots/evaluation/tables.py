@@ -1,12 +1,13 @@
 """A result as a person reads it: on the terminal and in Markdown. Both are made from the JSON document alone."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cots.evaluation.bootstrap import Difference
 from cots.evaluation.comparison import Comparison
 from cots.evaluation.protocols import PROTOCOLS, Protocol
-from cots.evaluation.references import RECALLED, Reference, references
+from cots.evaluation.references import RECALLED, SETTINGS, Reference, references
 
 FIGURES = ("R@1", "R@5", "R@10", "MedR", "MeanR", "mAP@10")
 _NAMED = 10
@@ -110,7 +111,7 @@ def as_markdown(document: dict[str, Any]) -> str:
     parts += [f"Note: {warning}." for warning in document["warnings"]]
     if rows := references(document["protocol"]):
         header = ["model", "setting", "R@1", "R@5", "R@10", "reverse R@1", "source"]
-        parts += ["Published:", _markdown_table(header, [_reference_cells(row) for row in rows])]
+        parts += [f"Published. {SETTINGS}", _markdown_table(header, [_reference_cells(row) for row in rows])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -127,13 +128,13 @@ def list_protocols(*names: str) -> str:
             mark = f"[{sources.index(row.source) + 1}]{'' if row.checked else '*'}"
             rows.append((f"  {row.model}", [*figures, f"{setting} {mark}"]))
         parts.append("\n".join([*lines, *_aligned(rows, last_left=True)]))
-    parts.append(
-        "What others reported: recall in percent, text to image or video; reverse: R@1 of the way back.\n"
-        "Compare within a setting: re-ranked means with dual softmax, or a cross-encoder over the first candidates; "
-        "on 7k or\n9k: trained on that list of MSR-VTT, where it is known.\n"
-        f"* {RECALLED}: do not quote it from here.\n"
-        + "\n".join(f"[{number}] {source}" for number, source in enumerate(sources, 1))
-    )
+    if sources:
+        parts.append(
+            "What others reported: recall in percent, text to image or video; reverse: R@1 of the way back.\n"
+            + "\n".join(textwrap.wrap(SETTINGS, 115))
+            + f"\n* {RECALLED}: do not quote it from here.\n"
+            + "\n".join(f"[{number}] {source}" for number, source in enumerate(sources, 1))
+        )
     return "\n\n".join(parts)
 
 

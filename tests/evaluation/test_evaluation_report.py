@@ -95,6 +95,7 @@ def test_published_rows_stand_beside_a_protocols_result(tmp_path: Path, tiny_mod
         assert "recalled, not re-checked" in text
         assert "zero-shot" in text
         assert "fine-tuned on 9k, re-ranked" in text
+        assert "re-ranked means with dual softmax" in text
 
 
 def test_the_tables_hold_every_figure(photos: EvaluationResult) -> None:
@@ -124,6 +125,14 @@ def test_the_list_of_protocols_marks_settings_and_recalled_figures() -> None:
         assert re.search(
             rf"^  {re.escape(row.model)} .* {row.conditions} \[{number}\]{re.escape(mark)}$", listed, re.MULTILINE
         )
+
+
+def test_a_protocol_is_listed_alone_with_its_own_sources() -> None:
+    listed = list_protocols("msrvtt_full")
+    assert listed.count("  needs ") == 1
+    assert len(re.findall(r"^\[\d+\] ", listed, re.MULTILINE)) == 2
+    assert "What others reported" in listed
+    assert "What others reported" not in list_protocols("msrvtt_9k")  # a training list has no results
 
 
 def test_a_comparison_of_two_models(
