@@ -12,8 +12,8 @@ TrainingList = Literal["", "7k", "9k"]
 
 RECALLED = "recalled, not re-checked"
 SETTINGS = (
-    "Compare within a setting: re-ranked means with dual softmax, or a cross-encoder over the first candidates; on 7k or "
-    "9k: trained on that list of MSR-VTT, where it is known."
+    "Compare within a setting: re-ranked means with dual softmax, or a cross-encoder over the first candidates; on 7k "
+    "or 9k: trained on that list of MSR-VTT, where it is known."
 )
 
 
