@@ -5,19 +5,19 @@ python -m pretrain.release runs/cots_mini --out cots/assets/model
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
-from cots.config import PretrainConfig
+from cots.config import read_config
 from cots.evaluation.evaluate import evaluate
 from cots.model.model_directory import read_model, save_model
 from cots.model.pretrained import load_model, model_directory
 from cots.model.retrieval_model import RetrievalModel
-from cots.settings import validate_config
+from pretrain.command import exit_code
 from pretrain.model_card import model_card
 from pretrain.pair_sources import PairSource, open_source
 
@@ -27,10 +27,11 @@ def release(run: Path, out: Path, validation: Sequence[str], notes: str = "", ce
 
     The config.yaml of the run says what it was trained on; `notes` is put at the end of the card. Embeddings are
     shifted by `centering` times the training pairs' means (see DualEncoder).
+
+    Raises:
+        CotsError: `run` holds no training of a model, or a source cannot be read.
     """
-    config = validate_config(
-        PretrainConfig, yaml.safe_load((run / "config.yaml").read_text()), str(run / "config.yaml")
-    )
+    config = read_config(run / "config.yaml")
     encoder, tokenizer, _ = read_model(model_directory(str(run)))
     save_model(out, encoder, tokenizer, weights_dtype="int8")
     images, texts = centers(load_model(str(out)), [open_source(source) for source in config.data.train])
@@ -54,7 +55,8 @@ def centers(model: RetrievalModel, sources: Sequence[PairSource], every: int = 1
     return torch.cat(images).mean(dim=0), torch.cat(texts).mean(dim=0)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line; see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, required=True)
@@ -62,5 +64,10 @@ if __name__ == "__main__":
     parser.add_argument("--notes", type=Path)
     parser.add_argument("--centering", type=float, default=1.0, help="share of the means that is subtracted")
     arguments = parser.parse_args()
-    text = arguments.notes.read_text(encoding="utf-8") if arguments.notes else ""
-    print(release(arguments.run, arguments.out, arguments.validation, text, arguments.centering))
+    notes = arguments.notes.read_text(encoding="utf-8") if arguments.notes else ""
+    fingerprint = release(arguments.run, arguments.out, arguments.validation, notes, arguments.centering)
+    print(f"{arguments.out} holds the model {fingerprint}")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
