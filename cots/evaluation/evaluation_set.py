@@ -156,7 +156,7 @@ def _copies(items: tuple[Item, ...]) -> tuple[str, ...]:
     apart = [names for names in copies if len({labels[name] for name in names}) > 1]
     if not apart:
         return ()
-    named = some(" = ".join(names) for names in apart)
+    named = some(some(names, between=" = ") for names in apart)
     return (f"{len(apart)} times one content stands under several paths, as each other's mistakes: {named}",)
 
 

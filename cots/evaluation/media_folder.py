@@ -69,7 +69,7 @@ def find_media(ids: Sequence[str], folder: str | Path, kind: Kind, what: str = "
         named = some(str(path.relative_to(folder)) for path in extra)
         warnings.append(f"{len(extra)} {kind} files are no part of {what} and are left out: {named}")
     if copies := copies_among(samples):
-        named = some(" = ".join(names) for names in copies)
+        named = some(some(names, between=" = ") for names in copies)
         warnings.append(f"{len(copies)} times {what} has one content under several ids (mislabelled?): {named}")
     return FoundMedia(samples, problems, tuple(warnings))
 

@@ -177,6 +177,14 @@ def test_a_picture_called_like_a_video_is_refused(tmp_path: Path) -> None:
         open_protocol(protocol, tmp_path)
 
 
+def test_of_one_content_under_many_ids_ten_are_named(tmp_path: Path) -> None:
+    protocol = msrvtt_1ka(tmp_path, tuple(range(7000, 7015)))
+    for number in range(7001, 7015):
+        shutil.copy(tmp_path / "videos" / "video7000.mp4", tmp_path / "videos" / f"video{number}.mp4")
+    (copies,) = open_protocol(protocol, tmp_path).warnings
+    assert copies.endswith("video7008 = video7009 and 5 more")
+
+
 def test_one_content_under_two_ids_is_named_and_extra_videos_are_left_out(
     tmp_path: Path, tiny_model: RetrievalModel
 ) -> None:
