@@ -8,8 +8,9 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
+from cots.data.image_io import to_rgb
 from cots.errors import GalleryError
 from cots.single_core import single_core_threads
 from index.captions import find_captions, fuse
@@ -133,7 +134,7 @@ class Searcher:
 
         Args:
             text: what the item should show.
-            image: an RGB picture that it should resemble. Of several wishes the normalised sum is taken.
+            image: a picture of any mode that it should resemble. Of several wishes the normalised sum is taken.
             without: what it should not show: half its vector is subtracted from the wishes.
             like: id of a row that it should resemble; that row's item is not among the hits.
             where: an SQL condition on the table's columns.
@@ -143,8 +144,8 @@ class Searcher:
                 without them are no hits; "hybrid" ranks both ways and fuses the rankings.
 
         Raises:
-            GalleryError: there is no wish, k is below 1, the kind, mode or id is unknown, the condition cannot be used,
-                or captions are asked for and there are none, or no words to find in them.
+            GalleryError: there is no wish, k is below 1, the kind, mode or id is unknown, the image is no picture, the
+                condition cannot be used, or captions are asked for and there are none, or no words to find in them.
         """
         if k < 1:
             raise GalleryError(f"k is {k}; ask for at least one hit.")
@@ -175,7 +176,7 @@ class Searcher:
         if text:
             wishes.append(texts[0])
         if image is not None:
-            wishes.append(self.model.encode_images(self.model.transform(image)[None]).numpy()[0])
+            wishes.append(self.model.encode_images(self.model.transform(_upright(image))[None]).numpy()[0])
         if like is not None:
             self.gallery.row(like)
             wishes.append(self.snapshot.vectors[self.snapshot.positions(np.array([like]))[0]].astype(np.float32))
@@ -267,6 +268,16 @@ def _require_mode(mode: str, text: str, vector_wishes: bool) -> None:
             "Pictures, rows to be like and words to leave out are compared as vectors, which the mode text does not "
             "use; use the mode hybrid."
         )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A picture as the gallery's files are read: turned as its EXIF says, RGB, what is transparent white."""
+    if not isinstance(image, Image.Image):
+        raise GalleryError(
+            f"The image is of the type {type(image).__name__}; give a picture, such as cots.data.image_io.open_image "
+            "makes of a file, or PIL.Image.fromarray of an array."
+        )
+    return to_rgb(ImageOps.exif_transpose(image))
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:

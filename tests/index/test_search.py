@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cots.data.image_io import open_image
 from cots.errors import GalleryError
 from cots.model.retrieval_model import RetrievalModel
 from index.gallery import Gallery, open_gallery
@@ -113,6 +114,38 @@ def test_a_picture_finds_itself(searcher: Searcher, photos: Path) -> None:
     assert hit.path == str(photos / "05.png")
     assert hit.score == pytest.approx(1, abs=1e-3)
     assert (hit.start, hit.end, hit.frame) == (None, None, None)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "L", "I;16"])
+def test_a_picture_of_any_mode_is_read_as_files_are(
+    searcher: Searcher, photos: Path, tmp_path: Path, mode: str
+) -> None:
+    with Image.open(photos / "05.png") as file:
+        picture = file.convert("RGB")
+    if mode == "RGBA":
+        picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    else:
+        picture = picture.convert("L").convert(mode) if mode == "I;16" else picture.convert(mode)
+    picture.save(tmp_path / "picture.png")
+    expected = searcher.search(image=open_image(tmp_path / "picture.png")).hits
+    with Image.open(tmp_path / "picture.png") as file:
+        assert searcher.search(image=file).hits == expected
+
+
+def test_a_picture_that_says_how_it_is_turned_is_turned(searcher: Searcher, photos: Path, tmp_path: Path) -> None:
+    with Image.open(photos / "05.png") as file:
+        exif = file.getexif()
+        exif[0x0112] = 6
+        file.convert("RGB").save(tmp_path / "turned.jpg", exif=exif)
+    expected = searcher.search(image=open_image(tmp_path / "turned.jpg")).hits
+    with Image.open(tmp_path / "turned.jpg") as file:
+        assert searcher.search(image=file).hits == expected
+
+
+@pytest.mark.parametrize("image", ["05.png", np.zeros((8, 8, 3), np.uint8)], ids=["path", "array"])
+def test_what_is_no_picture_is_told_from_one(searcher: Searcher, image: object) -> None:
+    with pytest.raises(GalleryError, match=r"The image is of the type \w+; give a picture"):
+        searcher.search(image=image)  # type: ignore[arg-type]
 
 
 def test_text_and_picture_are_summed(searcher: Searcher, photos: Path) -> None:
