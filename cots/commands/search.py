@@ -40,9 +40,8 @@ def search(
     picture = _open_picture(image) if image else None
     from index.gallery import open_gallery
 
-    result = open_gallery(gallery_or_embedded(gallery)).search(
-        query, image=picture, without=without, where=where, kind=kind, k=k, mode=mode
-    )
+    opened = open_gallery(gallery_or_embedded(gallery))
+    result = opened.search(query, image=picture, without=without, where=where, kind=kind, k=k, mode=mode)
     if json_output:
         print_json(result.to_json())
         return
@@ -52,7 +51,14 @@ def search(
         for sentence in hit.caption.splitlines():
             typer.echo(f"            {sentence}")
     if not result.hits:
-        typer.echo("Nothing in the gallery meets these conditions.", err=True)
+        conditions = where is not None or kind is not None
+        if not len(opened.snapshot):
+            why = f"The gallery {opened.directory} is empty; fill it: cots index build SOURCE --gallery DIR"
+        elif mode == "text" and not conditions:
+            why = "Nothing in the gallery has a caption with these words; --mode vector looks at what is shown."
+        else:
+            why = "Nothing in the gallery meets these conditions."
+        typer.echo(why, err=True)
     took = result.took_ms
     typer.echo(
         f"encode {took['encode']:.0f} ms, search {took['search']:.1f} ms, fetch {took['fetch']:.0f} ms", err=True

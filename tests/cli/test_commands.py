@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pyarrow as pa
@@ -217,7 +218,18 @@ def test_search_for_a_person(cots: Cots, gallery: Path) -> None:
     assert pictures.out.splitlines()[1:] == [" " * 12 + "a red square", " " * 12 + "red"]
     nothing = cots("search", "dog", "--gallery", gallery, "--where", "source = 'nonesuch'")
     assert (nothing.code, nothing.out) == (0, "")
-    assert "Nothing in the gallery" in nothing.err
+    assert "Nothing in the gallery meets these conditions" in nothing.err
+    unsaid = cots("search", "zebra", "--gallery", gallery, "--mode", "text")
+    assert (unsaid.code, unsaid.out) == (0, "")
+    assert "has a caption with these words; --mode vector" in unsaid.err
+
+
+def test_an_empty_gallery_is_told_from_conditions_that_nothing_meets(cots: Cots, gallery: Path, tmp_path: Path) -> None:
+    copytree(gallery, tmp_path / "empty")
+    cots("index", "remove", "--gallery", tmp_path / "empty", "--where", "true")
+    outcome = cots("search", "dog", "--gallery", tmp_path / "empty")
+    assert (outcome.code, outcome.out) == (0, "")
+    assert "empty is empty; fill it: cots index build" in outcome.err
 
 
 def test_info(cots: Cots, gallery: Path, tiny_model: RetrievalModel) -> None:
