@@ -138,7 +138,8 @@ _Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
 def _all_pairs(gallery: Gallery, snapshot: Snapshot, rows: np.ndarray, threshold: float) -> Iterator[_Pairs]:
     """Every pair at or above the threshold once, some at a time, as places in `rows` and cosines."""
     vectors = snapshot.vectors[rows].astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)  # half precision has moved the norms a little
+    with np.errstate(invalid="ignore"):  # a damaged vector becomes NaN, which is like no other
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)  # half precision has moved the norms a little
     for start in range(0, len(rows), BLOCK):
         block = vectors[start : start + BLOCK]
         for other in range(start, len(rows), BLOCK):

@@ -26,7 +26,7 @@ from index.lock import writing
 from index.manifest import StructureRecord
 from index.memory import available_memory
 from index.snapshot import FOLDER, Snapshot
-from index.structures import STALE_SHARE, UnusableStructure, read_structure, remove_structures, write_structure
+from index.structures import BLOCK, STALE_SHARE, UnusableStructure, read_structure, remove_structures, write_structure
 from index.tuning import draw_queries, tune
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 EXACT_NUMBERS = 50_000_000  # of vectors times dimensions: two cores read so many in 15 ms, a GPU copies them in 30
 HNSW_VECTORS = 300_000  # on two cores a graph of more takes minutes to make; cells answer within a millisecond of it
 MEMORY_SHARE = 0.5
+FEW_NAMED = 100  # ids in a message
 QUICK_SECONDS = 30.0  # a structure that was made in less is made again by whoever finds it unusable
 log = logging.getLogger("cots")
 
@@ -112,8 +113,11 @@ def open_engine(
             current = open_gallery(gallery.directory)
             made = _make(current, record.kind, current.manifest.recall_target, model)
             engine = read_structure(gallery.directory, made, gallery.snapshot)
-    except (GalleryError, UnusableStructure):
-        log.warning("%s; every vector is compared, because it cannot be made again just now: %s", problem, command)
+    except (GalleryError, UnusableStructure) as error:
+        log.warning(
+            "%s; every vector is compared, because it cannot be made again just now: %s Once it can be: %s",
+            problem, str(error).rstrip(".") + ".", command,
+        )  # fmt: skip
         return _exact(gallery.snapshot, device)
     log.warning("%s; it was made again.", problem)
     return engine
@@ -238,6 +242,7 @@ def _make(
 ) -> StructureRecord:
     """Make, measure and write a structure; then, in one step, have the manifest name it. The caller holds the lock."""
     snapshot = gallery.snapshot
+    _require_finite(gallery, snapshot)
     started = time.perf_counter()
     structure = make_structure(kind, snapshot.vectors, fill)
     seconds = time.perf_counter() - started
@@ -269,6 +274,20 @@ def _make(
             kind, 100 * measured.recall["10"], 100 * target,
         )  # fmt: skip
     return record
+
+
+def _require_finite(gallery: Gallery, snapshot: Snapshot) -> None:
+    """Refuse vectors that FAISS fails at. Damage alone brings them into a table."""
+    wrong: list[int] = []
+    for start in range(0, len(snapshot), BLOCK):
+        sound = np.isfinite(snapshot.vectors[start : start + BLOCK]).all(axis=1)
+        wrong += snapshot.ids[start : start + BLOCK][~sound].tolist()
+    if wrong:
+        some = ", ".join(str(id) for id in wrong[:FEW_NAMED])
+        raise GalleryError(
+            f"Of the vectors of the gallery {gallery.directory} {len(wrong)} are damaged (not finite); remove them "
+            f"and build again: cots index remove --gallery {gallery.directory} --where 'id IN ({some})'"
+        )
 
 
 def _exact(snapshot: Snapshot, device: "torch.device | None") -> SearchEngine:

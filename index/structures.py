@@ -5,6 +5,7 @@ it holds and the table does not are not found, rows that it lacks are compared o
 """
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,20 @@ def write_structure(gallery: Path, structure: Any, kind: str, snapshot: Snapshot
     except (OSError, RuntimeError) as error:
         raise GalleryError(
             f"The search structure of the gallery {gallery} cannot be written "
-            f"({str(error).splitlines()[0][-200:]}); make room, or use --engine exact."
+            f"({_reason(error)}); make room, or use --engine exact."
         ) from error
     finally:
         scratch.unlink(missing_ok=True)
         rows_scratch.unlink(missing_ok=True)
+
+
+def _reason(error: OSError | RuntimeError) -> str:
+    """What the system said, which FAISS puts behind its own source lines, the last in parentheses or after a colon."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    first = str(error).splitlines()[0]
+    said = re.search(r"\(([A-Z][a-z -]+)\)\W*$|: ([A-Z][a-z -]+)$", first)
+    return (said[1] or said[2]).lower() if said else first[-200:]
 
 
 def _name(scratch: Path, name: str, suffix: str) -> str:

@@ -67,7 +67,7 @@ def test_a_vector_without_direction_is_a_named_file_and_not_a_row(
 def test_a_zero_vector_in_the_table_is_named_and_disturbs_no_other(
     gallery: Gallery, tiny_model: RetrievalModel, engine: str
 ) -> None:
-    """One that is not finite LanceDB does not take."""
+    """One with NaN LanceDB does not take; of infinity see below."""
     expected = [hit.id for hit in gallery.search("a dog", model=tiny_model, k=100).hits]
     row = gallery.table.search().where("id = 1").to_arrow().select(schema(32).names).to_pylist()[0]
     spoilt = row | {"id": 99, "item": 99, "vector": np.zeros(32, np.float16), "path": "99.png"}
@@ -76,6 +76,27 @@ def test_a_zero_vector_in_the_table_is_named_and_disturbs_no_other(
     found = [hit.id for hit in open_gallery(gallery.directory).search("a dog", model=tiny_model, k=100).hits]
     assert [id for id in found if id != 99] == expected
     assert "1 vectors are not finite or not of unit norm (ids 99)." in check(gallery.directory)
+
+
+@BY_ENGINE
+def test_an_infinite_vector_in_the_table_is_refused_by_a_structure_and_found_by_no_search(
+    gallery: Gallery, tiny_model: RetrievalModel, engine: str
+) -> None:
+    expected = [hit.id for hit in gallery.search("a dog", model=tiny_model, k=100).hits]
+    row = gallery.table.search().where("id = 1").to_arrow().select(schema(32).names).to_pylist()[0]
+    spoilt = row | {"id": 99, "item": 99, "vector": np.full(32, np.inf, np.float16), "path": "99.png"}
+    gallery.table.add(pa.Table.from_pylist([spoilt], schema(32)))
+    if engine == "exact":
+        set_engine(gallery.directory, engine)
+    else:
+        with pytest.raises(GalleryError, match=r"1 are damaged \(not finite\)") as refusal:
+            set_engine(gallery.directory, engine)
+        assert "--where 'id IN (99)'" in str(refusal.value)
+    found = open_gallery(gallery.directory).search("a dog", model=tiny_model, k=100).hits
+    assert [hit.id for hit in found] == expected
+    assert remove(gallery.directory, "id IN (99)") == 1
+    set_engine(gallery.directory, engine)
+    assert check(gallery.directory) == []
 
 
 @BY_ENGINE
@@ -161,7 +182,8 @@ def test_a_read_only_gallery_is_searched_but_not_changed(captioned: Gallery) -> 
     assert len(refusals) == 3, done.stderr
     assert all("cannot be written to (permission denied); choose another place" in sentence for sentence in refusals)
     assert engine == "exact"
-    assert "is damaged); every vector is compared, because it cannot be made again just now" in done.stderr
+    assert "is damaged); every vector is compared, because it cannot be made again just now: The gallery" in done.stderr
+    assert "(permission denied); choose another place. Once it can be: cots index engine" in done.stderr
 
 
 @pytest.mark.parametrize("forbidden", [".", "manifest.json", "vectors.lance/_versions"])
