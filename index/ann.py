@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from cots.errors import MissingDependency
-from index.exact import checked_queries, exact_search
+from index.exact import checked_queries, exact_search, require_mask
 
 BLOCK = 65_536
 FEW_ROWS = 10_000  # as many are compared one by one sooner than a structure finds the allowed rows among all
@@ -176,9 +176,10 @@ class AnnIndex:
         Never fewer than k if so many are allowed.
 
         Raises:
-            GalleryError: the queries have another dimension or are not finite.
+            GalleryError: the queries have another dimension or are not finite, or `allowed` is of other rows.
         """
         queries = checked_queries(queries, self._vectors.shape[1])
+        require_mask(allowed, len(self.ids))
         eligible = len(self.ids) if allowed is None else int(np.count_nonzero(allowed))
         k = min(k, eligible)
         effort = self._scaled(k, eligible)

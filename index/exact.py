@@ -60,9 +60,10 @@ class ExactIndex:
             score of a vector that is not finite is NaN, after all others.
 
         Raises:
-            GalleryError: the queries have another dimension or are not finite.
+            GalleryError: the queries have another dimension or are not finite, or `allowed` is of other rows.
         """
         queries = checked_queries(queries, self._vectors.shape[1])
+        require_mask(allowed, len(self.ids))
         positions = None if allowed is None else np.flatnonzero(allowed)
         scores, found = exact_search(self._vectors, queries, k, positions)
         return scores, self.ids[found]
@@ -262,6 +263,19 @@ class _Readable:
 def shared_tensor(vectors: np.ndarray) -> Tensor:
     """The same numbers in the same memory, which are not to be written to."""
     return torch.from_numpy(np.asarray(_Readable(vectors)))
+
+
+def require_mask(allowed: np.ndarray | None, count: int) -> None:
+    """Refuse a filter that is not one flag for each of the rows, such as positions, or the flags of another version.
+
+    Raises:
+        GalleryError: it is not (`count`,) bool.
+    """
+    if allowed is not None and (allowed.dtype != bool or allowed.shape != (count,)):
+        raise GalleryError(
+            f"A filter of {allowed.dtype} and shape {allowed.shape} says nothing of {count} rows; "
+            f"give flags, ({count},) bool."
+        )
 
 
 def checked_queries(queries: np.ndarray, dimension: int) -> np.ndarray:

@@ -36,7 +36,7 @@ from torch.nn.functional import pad
 
 from cots.errors import GalleryError
 from index.allowed_rows import Filters, Searched
-from index.exact import checked_queries
+from index.exact import checked_queries, require_mask
 from index.recorded import RecordedSearches
 from index.topk_passes import LARGEST_TILE, Passes, Rows, padded_width, passes_for
 
@@ -176,9 +176,11 @@ class ExactGpuIndex:
         kept on the device, as long as nothing is appended, and must not change.
 
         Raises:
-            GalleryError: the queries have another dimension or are not finite, or the device's memory is full.
+            GalleryError: the queries have another dimension or are not finite, `allowed` is of other rows, or the
+                device's memory is full.
         """
         queries = checked_queries(queries, self._dimension)
+        require_mask(allowed, self._count)
         try:
             with torch.cuda.device_of(self._vectors):
                 return self._best(queries, k, allowed)

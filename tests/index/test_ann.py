@@ -126,7 +126,7 @@ def test_rows_added_later_are_found_and_changed_ones_by_what_they_are(kind: str)
 
 
 @BY_KIND
-def test_queries_that_cannot_be_compared_are_refused(kind: str) -> None:
+def test_queries_and_filters_that_cannot_be_used_are_refused(kind: str) -> None:
     vectors = clustered(np.random.default_rng(3), 50, 8)
     approximate = AnnIndex(make_structure(kind, vectors), kind, Effort(1), vectors, np.arange(50))
     for index in (approximate, ExactIndex(vectors, np.arange(50))):
@@ -134,6 +134,9 @@ def test_queries_that_cannot_be_compared_are_refused(kind: str) -> None:
             index.search(np.ones((1, 9), np.float32), 3)
         with pytest.raises(GalleryError, match="is not finite"):
             index.search(np.full((1, 8), np.nan, np.float32), 3)
+        for mask in (np.ones(49, bool), np.ones(51, bool), np.arange(50), np.ones((50, 1), bool)):
+            with pytest.raises(GalleryError, match=r"A filter of \w+ and shape \(.*says nothing of 50 rows"):
+                index.search(np.ones((1, 8), np.float32), 3, mask)
 
 
 @BY_KIND

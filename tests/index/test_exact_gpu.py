@@ -227,12 +227,15 @@ def test_queries_of_any_length_are_answered() -> None:
     assert_exact(index, vectors, 0 * queries, 4)
 
 
-def test_queries_that_cannot_be_compared_are_refused() -> None:
+def test_queries_and_filters_that_cannot_be_used_are_refused() -> None:
     index = filled(unit_vectors(np.random.default_rng(4), 10, 8))
     with pytest.raises(GalleryError, match=r"shape \(1, 9\) cannot be compared with vectors of 8 dimensions"):
         index.search(np.ones((1, 9), np.float32), 3)
     with pytest.raises(GalleryError, match="is not finite"):
         index.search(np.full((1, 8), np.nan, np.float32), 3)
+    for mask in (np.ones(9, bool), np.ones(11, bool), np.arange(10), np.ones((10, 1), bool)):
+        with pytest.raises(GalleryError, match=r"A filter of \w+ and shape \(.*says nothing of 10 rows"):
+            index.search(np.ones((1, 8), np.float32), 3, mask)
 
 
 def test_the_kernels_in_the_interpreter() -> None:
