@@ -169,6 +169,7 @@ class TablePlace:
 
     def _connect(self) -> Any:
         try:
+            os.environ.setdefault("LANCEDB_LOG", "error")  # what it warns of is met here, and told in a sentence
             import lancedb
         except ImportError as error:
             raise MissingDependency("lancedb", "pip install 'cots[gallery]'") from error

@@ -1,6 +1,8 @@
 """Captions: words find captions, filters hold, and a hybrid search is the fusion of both rankings."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,6 +176,24 @@ def test_a_build_makes_a_damaged_index_again(
     build([write_table(tmp_path, more)], tmp_path / "gallery", tiny_model)
     assert "could not be read; it was made again" in caplog.text
     assert len(found(Searcher(open_gallery(tmp_path / "gallery"), tiny_model), "dog", k=20)) == 10
+
+
+def test_of_a_damaged_index_there_is_one_sentence(searcher: Searcher) -> None:
+    """And no lines of LanceDB's own before it."""
+    directory = searcher.gallery.directory
+    for part in ("tokens", "metadata"):
+        _damage_index(directory, part, "gone")
+    script = (
+        "import sys\n"
+        "from cots.errors import GalleryError\n"
+        "from index.captions import find_captions\n"
+        "from index.gallery import open_gallery\n"
+        "try: find_captions(open_gallery(sys.argv[1]), 'dog', 5)\n"
+        "except GalleryError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(directory)], capture_output=True, text=True)
+    assert "make their index again with: cots index compact" in done.stdout
+    assert done.stderr == ""
 
 
 def _damage_index(directory: Path, part: str, damage: str) -> None:
