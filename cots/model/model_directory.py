@@ -198,7 +198,10 @@ def write_whole(path: Path, content: bytes) -> None:
 def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
     """Write weights as they are, or leave what is there."""
     scratch = path.with_name(path.name + ".tmp")
+    scratch.touch()
+    mode = scratch.stat().st_mode  # what a new file gets here; safetensors would keep its own from everybody else
     save_file(weights, scratch)
+    scratch.chmod(mode)
     scratch.replace(path)
 
 

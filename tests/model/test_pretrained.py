@@ -52,6 +52,14 @@ def test_what_is_no_character_is_a_question_mark(name: str, tiny_model_dir: Path
     assert torch.equal(model.encode_texts(["a caf\udce9 \ud83d"]), model.encode_texts(["a caf? ?"]))
 
 
+def test_others_may_read_a_saved_model_as_any_new_file(tiny_model_dir: Path, tmp_path: Path) -> None:
+    encoder, tokenizer, _ = read_model(tiny_model_dir)
+    save_model(tmp_path / "saved", encoder, tokenizer)
+    (tmp_path / "new").touch()
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "saved").iterdir()}
+    assert set(modes.values()) == {(tmp_path / "new").stat().st_mode}, modes
+
+
 def test_a_saved_model_embeds_as_before_and_keeps_its_fingerprint(tiny_model_dir: Path, tmp_path: Path) -> None:
     encoder, tokenizer, fingerprint = read_model(tiny_model_dir)
     assert save_model(tmp_path / "again", encoder, tokenizer) == fingerprint
