@@ -10,9 +10,9 @@ directory; environment variables are expanded, and `~` at the beginning of a val
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from cots.model_config import ModelConfig, Positive
 from cots.settings import Settings, read_values, validate_config
@@ -39,6 +39,18 @@ class SourceConfig(Settings):
     """Webdataset .tar shards (a glob for several) or a table with a path and a captions column."""
     weight: float = Field(1.0, gt=0)
     """How often each of its pairs is seen in an epoch; the fraction is drawn anew each epoch."""
+
+
+def _as_sources(value: Any) -> Any:
+    """A path stands for a source, and one source for a list of it."""
+    listed = value if isinstance(value, list) else [value]
+    for each in listed:
+        if not isinstance(each, (str, dict, SourceConfig)):
+            raise ValueError(f"{each!r} is no source; give a path, or {{path: ..., weight: ...}}")
+    return [{"path": each} if isinstance(each, str) else each for each in listed]
+
+
+Sources = Annotated[list[SourceConfig], BeforeValidator(_as_sources)]
 
 
 class AugmentationConfig(Settings):
@@ -70,9 +82,10 @@ class AugmentationConfig(Settings):
 
 
 class DataConfig(Settings):
-    train: list[SourceConfig] = []
-    """Pairs to train on, at least one source of them; one after another they are numbered, and mixed in an epoch."""
-    validation: list[SourceConfig] = []
+    train: Sources = []
+    """Pairs to train on, at least one source of them, each a path or a path with its weight; one after another they are
+    numbered, and mixed in an epoch."""
+    validation: Sources = []
     """Pairs on which checkpoints are chosen. Never a test split: reported numbers would no longer mean anything."""
     image_size: int | None = Field(None, ge=16)
     """Side in pixels of the random crops; by default the tower's. A convolutional tower gains from a smaller one:

@@ -108,7 +108,7 @@ def _look_at_sources(config: PretrainConfig, tokenizer: CaptionTokenizer | None,
     size = config.data.image_size or config.model.image_tower.image_size
     if not config.data.train:
         report.problems.append(
-            "data.train names no source; give at least one, such as data.train='[{path: pairs.tar}]'."
+            "data.train names no source; give at least one, such as data.train=pairs.tar."
         )
     if not config.data.validation:
         report.warnings.append(

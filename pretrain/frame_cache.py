@@ -1,7 +1,7 @@
 """Decode clips once: shards whose clips are animated WebP of three frames a second, short side 224.
 
     python -m pretrain.frame_cache "data/clips/train-*.tar" --out runs/frames/clips-train
-    cots pretrain configs/finetune_video_text.yaml data.train='[{path: "runs/frames/clips-train-*.tar"}]' ...
+    cots pretrain configs/finetune_video_text.yaml data.train='runs/frames/clips-train-*.tar' ...
 
 An animated WebP is a video wherever COTS reads one, with Pillow alone: training on the shards needs neither PyAV nor
 decord, `cots evaluate` takes them, and nothing else has to know of the cache. Captions, groups and all other fields are

@@ -106,7 +106,7 @@ class TrainingRun(ABC, Generic[Config, Step]):
         """Open the training sources, and the checkpoint, which is refused if it is of another training."""
         data, training = self.config.data, self.config.training
         if not data.train:
-            raise ConfigError("data.train names no source; give one, such as data.train='[{path: train.tar}]'.")
+            raise ConfigError("data.train names no source; give one, such as data.train=train.tar.")
         self.sources = [open_source(source) for source in data.train]
         self.sampler = StepSampler(
             [len(source) for source in self.sources],

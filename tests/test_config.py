@@ -80,6 +80,20 @@ def test_overrides_lie_on_top_in_order(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "sources"),
+    [
+        ("a.tar", [("a.tar", 1)]),
+        ("[a.tar, {path: b.jsonl, weight: 2}]", [("a.tar", 1), ("b.jsonl", 2)]),
+        ("{path: b.jsonl, weight: 2}", [("b.jsonl", 2)]),
+    ],
+)
+def test_a_source_is_given_as_a_path_too(file: Path, given: str, sources: list[tuple[str, float]]) -> None:
+    config = _config(file, "training: {epochs: 1}", f"data.train={given}", f"data.validation={given}")
+    assert [(source.path, source.weight) for source in config.data.train] == sources
+    assert config.data.validation == config.data.train
+
+
+@pytest.mark.parametrize(
     ("override", "sentence"),
     [
         ("training.epochs", r"has no value; write it as section\.key=value"),
@@ -100,7 +114,8 @@ def test_an_override_that_cannot_be_used(file: Path, override: str, sentence: st
         ("training: {epochs: many}", r"training\.epochs: .*number.*\(got 'many'\)"),
         ("training: {batch_size: 1}", r"training\.batch_size: .*greater than or equal to 2 \(got 1\)"),
         ("training: 3", r"training: .*\(got 3\)"),
-        ("data: {train: a.tar}", r"data\.train: .*list.*\(got 'a\.tar'\)"),
+        ("data: {train: 3}", r"yaml: data\.train: 3 is no source; give a path, or \{path: \.\.\., weight: \.\.\.\}\.$"),
+        ("data: {train: [{pat: a.tar}]}", r"data\.train\.0\.path: Field required"),
         ("training: {precision: fp8}", r"training\.precision: .*'auto', 'bf16' or 'fp32' \(got 'fp8'\)"),
         (
             "model: {text_tower: {max_length: 99, positions: 32}}",
