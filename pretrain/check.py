@@ -107,9 +107,7 @@ def _look_for_visual_tokenizer(config: PretrainConfig, report: CheckReport) -> N
 def _look_at_sources(config: PretrainConfig, tokenizer: CaptionTokenizer | None, report: CheckReport) -> None:
     size = config.data.image_size or config.model.image_tower.image_size
     if not config.data.train:
-        report.problems.append(
-            "data.train names no source; give at least one, such as data.train=pairs.tar."
-        )
+        report.problems.append("data.train names no source; give at least one, such as data.train=pairs.tar.")
     if not config.data.validation:
         report.warnings.append(
             "data.validation names no source; nothing will tell when the model is best: the last one is kept."
