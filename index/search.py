@@ -152,18 +152,24 @@ class Searcher:
         result = SearchResult((text or "").strip(), self.model.name)
         without = (without or "").strip()
         _require_mode(mode, result.query, vector_wishes=image is not None or like is not None or bool(without))
-        with result.timing("encode"):
-            query = self._encode(result.query, image, without, like)
+        query: np.ndarray | None = None
+        if mode != "text":
+            with result.timing("encode"):
+                query = self._encode(result.query, image, without, like)
         with result.timing("search"):
             allowed = self._allowed(where, kind, like)
-            if mode == "vector":
-                found = self._best_items(query, k, allowed)
-            elif mode == "text":
+            if query is None:
                 found = self._best_captions(result.query, k, allowed)
+            elif mode == "vector":
+                found = self._best_items(query, k, allowed)
             else:
                 depth = max(k, FUSED)
                 rankings = (self._best_items(query, depth, allowed), self._best_captions(result.query, depth, allowed))
                 found = fuse([[item for item, _ in ranking] for ranking in rankings])[:k]
+        if query is None:  # of what captions find, only a video's best moment hangs on what is shown
+            with result.timing("encode"):
+                if any(len(self._moments(item, allowed)) > 1 for item, _ in found):
+                    query = self._encode(result.query, None, "", None)
         with result.timing("fetch"):
             result.hits = [self._hit(rank, *item, query, allowed) for rank, item in enumerate(found, start=1)]
         return result
@@ -228,20 +234,22 @@ class Searcher:
                 return [(int(items[row]), float(scores[row])) for row in np.sort(first)[:k]]
             fetch *= 4
 
-    def _hit(self, rank: int, item: int, score: float, query: np.ndarray, allowed: np.ndarray | None) -> Hit:
+    def _hit(self, rank: int, item: int, score: float, query: np.ndarray | None, allowed: np.ndarray | None) -> Hit:
         """Read an item's row; of a video the best moment that the filter allows."""
+        candidates = self._moments(item, allowed)
+        best = 0
+        if query is not None and len(candidates) > 1:
+            best = int(np.argmax(self.snapshot.vectors[candidates].astype(np.float32) @ query))
+        return Hit.of_row(self.snapshot.row(int(candidates[best])), self.gallery, rank, score)
+
+    def _moments(self, item: int, allowed: np.ndarray | None) -> np.ndarray:
+        """The rows that may stand for an item: of a video the moments that a filter leaves, else what it leaves."""
         rows = self.snapshot.rows_of(item)
-        if rows.stop == rows.start + 1:
-            return Hit.of_row(self.snapshot.row(rows.start), self.gallery, rank, score)
         candidates = np.arange(rows.start, rows.stop)
-        if allowed is not None:
+        if len(candidates) > 1 and allowed is not None:
             candidates = candidates[allowed[rows]]
         moments = candidates[self.snapshot.moments[candidates]]
-        if len(moments):
-            candidates = moments
-        scores = self.snapshot.vectors[candidates].astype(np.float32) @ query
-        row = self.snapshot.row(int(candidates[np.argmax(scores)]))
-        return Hit.of_row(row, self.gallery, rank, score)
+        return moments if len(moments) else candidates
 
 
 def _filtered_rows(gallery: Gallery, where: str | None, kind: str | None, version: int | None) -> np.ndarray:

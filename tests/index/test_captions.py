@@ -77,6 +77,24 @@ def test_filters_hold(searcher: Searcher, options: dict, expected: set[str]) -> 
     assert set(found(searcher, "red", **options)) == expected
 
 
+def test_a_sentence_is_encoded_for_the_best_moment_of_a_video_alone(
+    searcher: Searcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+    encode = searcher.model.encode_texts
+    monkeypatch.setattr(searcher.model, "encode_texts", lambda texts: encoded.extend(texts) or encode(texts))
+    assert set(found(searcher, "red truck", kind="image")) == {"a.png", "c.png"}
+    assert found(searcher, "boat", where="NOT moment") == ["d.gif"]
+    assert encoded == []
+    hit = searcher.search("boat", mode="text").hits[0]
+    assert encoded == ["boat"]
+    snapshot = searcher.snapshot
+    rows = np.flatnonzero(snapshot.moments & (snapshot.items == snapshot.items[snapshot.positions(np.array([hit.id]))]))
+    scores = snapshot.vectors[rows].astype(np.float32) @ encode(["boat"]).numpy()[0]
+    assert len(rows) > 1
+    assert hit.id == snapshot.ids[rows[scores.argmax()]]
+
+
 def test_a_hybrid_search_fuses_both_rankings(searcher: Searcher) -> None:
     by_words = [hit.path for hit in searcher.search("red truck", mode="text", k=FUSED).hits]
     by_vector = [hit.path for hit in searcher.search("red truck", k=FUSED).hits]
