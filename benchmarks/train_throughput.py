@@ -34,19 +34,18 @@ from pretrain.step_cost import step_flops
 from pretrain.trainer import create_step
 
 WARM_UP, STEPS = 6, 16
-CONTRASTIVE = [
-    "objective.masked_modeling.image_weight=0",
-    "objective.masked_modeling.text_weight=0",
-    "objective.task_alignment.weight=0",
-    "objective.noise_filter.queue_size=0",
-    "objective.contrastive.queue_size=0",
-    "objective.contrastive.in_batch=online",
-]
+NO_TOKENS = ["objective.masked_modeling.image_weight=0", "objective.masked_modeling.text_weight=0"]
+NO_ALIGNMENT = ["objective.task_alignment.weight=0"]
+NO_FILTER = ["objective.noise_filter.queue_size=0"]
+IN_BATCH = ["objective.contrastive.queue_size=0", "objective.contrastive.in_batch=online"]
 ROWS: dict[str, list[str]] = {
     "open_clip ViT-B-16, eager": [],
     "open_clip ViT-B-16, compiled": [],
-    "contrastive only": CONTRASTIVE,
-    "contrastive, momentum queues": [*CONTRASTIVE[:4]],
+    "contrastive only": [*NO_TOKENS, *NO_ALIGNMENT, *NO_FILTER, *IN_BATCH],
+    "contrastive, momentum queues": [*NO_TOKENS, *NO_ALIGNMENT, *NO_FILTER],
+    "queues and tokens": [*NO_ALIGNMENT, *NO_FILTER],
+    "queues and alignment": [*NO_TOKENS, *NO_FILTER],
+    "queues and filter": [*NO_TOKENS, *NO_ALIGNMENT],
     "every level, eager": ["training.compile=false"],
     "every level, compiled under autocast": ["training.precision=fp32"],
     "every level": [],
