@@ -25,8 +25,8 @@ since so few kernels take longer to start than to run.
 
 Where the time goes on an H200, for N = 10 M of 256 dimensions (5.1 GB) and k = 10 (benchmarks/exact_search.py):
 
-    one query, 1.41 ms       first pass 1.15: 512 B a vector at 4.4 TB/s; choosing and second pass 0.10; the rest Python
-    1,024 queries, 9.3 ms    first pass 7.2: 5.2 TFLOP at 96 % of the rate, and 640 MB of maxima instead of 40 GB
+    one query, 1.35 ms       first pass 1.16: 512 B a vector at 4.4 TB/s; choosing and second pass 0.10; the rest Python
+    1,024 queries, 9.4 ms    first pass 7.2: 5.2 TFLOP at 96 % of the rate, and 640 MB of maxima instead of 40 GB
                              of scores; choosing 0.5; second pass 0.1; the rest Python, and copies
 """
 
