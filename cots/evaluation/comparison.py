@@ -117,7 +117,8 @@ def _lost(document: Document) -> set[str]:
 def _notes(before: Document, after: Document) -> list[str]:
     """What else than the model could have made the difference."""
     notes = []
-    for key, words in (("frames", "frames of each video"), ("image_size", "pixels a side")):
+    inputs = {"frames": "frames of each video", "until": "seconds of each video", "image_size": "pixels a side"}
+    for key, words in inputs.items():
         if before.get(key) != after.get(key):
             notes.append(f"{words}: {before.get(key)} in the first, {after.get(key)} in the second")
     lost = _lost(before), _lost(after)

@@ -121,6 +121,7 @@ class EvaluationResult:
                 },
             },
             "frames": self._frames(),
+            "until": self.test_set.frames.until if self.kind == "video" else None,
             "image_size": self.image_size,
             "folds": self.test_set.folds,
             "decode_failures": [{"path": path, "reason": reason} for path, reason in self.failures.items()],

@@ -42,8 +42,9 @@ def headline(document: dict[str, Any]) -> str:
 
 def sampling(document: dict[str, Any]) -> str:
     """Which frames of each video were embedded; nothing for images."""
-    frames = document["frames"]
-    return f"{frames} frames each" if isinstance(frames, int) else "one frame a second" if frames else ""
+    frames, until = document["frames"], document.get("until")
+    span = f" of the first {until:g} seconds" if until else ""
+    return (f"{frames} frames each" if isinstance(frames, int) else "one frame a second") + span if frames else ""
 
 
 def lost_items(document: dict[str, Any]) -> list[str]:
