@@ -114,10 +114,9 @@ def open_engine(
             made = _make(current, record.kind, current.manifest.recall_target, model)
             engine = read_structure(gallery.directory, made, gallery.snapshot)
     except (GalleryError, UnusableStructure) as error:
-        log.warning(
-            "%s; every vector is compared, because it cannot be made again just now: %s Once it can be: %s",
-            problem, str(error).rstrip(".") + ".", command,
-        )  # fmt: skip
+        why = str(error).rstrip(".")
+        sentence = "%s; every vector is compared, because it cannot be made again just now: %s. Once it can be: %s"
+        log.warning(sentence, problem, why, command)
         return _exact(gallery.snapshot, device)
     log.warning("%s; it was made again.", problem)
     return engine
