@@ -165,11 +165,13 @@ def from_disk(arguments: argparse.Namespace) -> dict[str, float]:
             f"data.train=[{{path: '{arguments.shards}', weight: 4}}]",
             "data.validation=[]",
             f"data.workers={arguments.workers}",
+            f"training.batch_size={arguments.gpus * arguments.batch}",
             f"training.output={scratch}/run",
             f"training.epochs={arguments.epochs}",
             "training.log_every=8",
         ]
-        command = [sys.executable, "-m", "pretrain", str(arguments.config), *overrides]
+        several = ["-m", "torch.distributed.run", "--nproc-per-node", str(arguments.gpus)] if arguments.gpus > 1 else []
+        command = [sys.executable, *several, "-m", "pretrain", str(arguments.config), *overrides]
         subprocess.run(command, check=True)
         rows = [json.loads(line) for line in (Path(scratch) / "run" / "log.jsonl").read_text().splitlines()]
         return rows[-1]
@@ -193,7 +195,8 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="a BERT vocab.txt")
     parser.add_argument("--batch", type=int, default=512, help="pairs a GPU")
     parser.add_argument("--shards", default="", help="also train from these webdataset shards")
-    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--workers", type=int, default=14, help="loader processes a GPU")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs that train from the shards")
     parser.add_argument("--epochs", type=float, default=4, help="passes over four times the shards")
     parser.add_argument("--only", nargs="*", choices=list(ROWS), help="rows to measure, by default all")
     parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)
@@ -216,8 +219,8 @@ def main() -> None:
         last = from_disk(arguments)
         shown = {key: last[key] for key in ("pairs_per_second", "mfu", "data_wait", "peak_memory_gib")}
         with arguments.out.open("a") as file:
-            file.write(json.dumps({"name": "every level, from disk", **shown, "run": run_facts()}) + "\n")
-        print(f"every level, from disk: {shown}", flush=True)
+            file.write(json.dumps({"name": "every level, from disk", "gpus": arguments.gpus, **shown, "run": run_facts()}) + "\n")
+        print(f"every level, from disk, {arguments.gpus} GPU: {shown}", flush=True)
 
 
 def _line(row: dict[str, Any]) -> str:
