@@ -76,8 +76,8 @@ def write_noisy_shards(shards: Iterable[Path], out: Path, share: float, seed: in
 
 def settings_of(arm: str) -> tuple[str, list[str]]:
     """The name of an arm and its settings, given as `NAME` of ARMS or as `NAME: key=value key=value`."""
-    name, _, given = arm.partition(": ")
-    return name, given.split() if given else ARMS[name.removesuffix(", noisy")]
+    name, colon, given = arm.partition(": ")
+    return name, given.split() if colon else ARMS[name.removesuffix(", noisy")]
 
 
 def run(name: str, overrides: list[str], seed: int, runs: Path, config: Path) -> dict[str, Any]:
