@@ -3,6 +3,7 @@
     python benchmarks/train_throughput.py --tokenizer vocab.txt                            # one GPU, synthetic data
     python benchmarks/train_throughput.py --tokenizer vocab.txt --shards 'train-*.tar'     # decoded from disk too
     torchrun --nproc-per-node 2 benchmarks/train_throughput.py --tokenizer vocab.txt --only "every level"
+    python benchmarks/train_throughput.py --tokenizer vocab.txt --only --shards 'train-*.tar' --gpus 2
 
 Pixels and word pieces are random and lie on the GPU. Every row is a process of its own, so that memory and compiled
 code of one do not help another. Utilisation is the FLOPs of the maths that must be done (counted by
@@ -218,8 +219,9 @@ def main() -> None:
     if arguments.shards:
         last = from_disk(arguments)
         shown = {key: last[key] for key in ("pairs_per_second", "mfu", "data_wait", "peak_memory_gib")}
+        row = {"name": "every level, from disk", "gpus": arguments.gpus, **shown, "run": run_facts()}
         with arguments.out.open("a") as file:
-            file.write(json.dumps({"name": "every level, from disk", "gpus": arguments.gpus, **shown, "run": run_facts()}) + "\n")
+            file.write(json.dumps(row) + "\n")
         print(f"every level, from disk, {arguments.gpus} GPU: {shown}", flush=True)
 
 
