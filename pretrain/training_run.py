@@ -4,6 +4,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -308,15 +309,18 @@ def run_training(kind: type[TrainingRun[Config, Any]], config: Config) -> Path:
         run = kind(config, ranks)
         try:
             run.train()
-        except RuntimeError as error:
-            if ranks.count > 1 and lost_another_rank(error):
+        except BaseException as error:
+            run.telemetry.close()
+            if ranks.first:
+                with suppress(OSError, TrainingError):  # that ended the run already, or ended it before its first row
+                    write_report([run.directory])
+            if isinstance(error, RuntimeError) and ranks.count > 1 and lost_another_rank(error):
                 raise TrainingError(
                     f"Process {ranks.rank} of the run lost touch with another one, which has ended or cannot be "
                     "reached; if it said why, that stands beside this. Go on with training.resume=true."
                 ) from error
             raise
-        finally:
-            run.telemetry.close()
+        run.telemetry.close()
         if ranks.first:
             write_report([run.directory])
         return run.directory

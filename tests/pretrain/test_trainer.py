@@ -337,3 +337,11 @@ def test_sources_that_cannot_be_trained_on(make_config: MakeConfig, shape_shard:
         pretrain(make_config("missing", data={"train": [{"path": str(tmp_path / "nonesuch.tar")}]}))
     with pytest.raises(ConfigError, match="named like a test split"):
         pretrain(make_config("split", data={"validation": [{"path": str(shape_shard(tmp_path / "test-0.tar"))}]}))
+
+
+def test_the_curves_are_drawn_of_a_run_that_an_error_ended(make_config: MakeConfig) -> None:
+    optimizer = {"learning_rate": 1e30, "warmup": 0.0, "clip_norm": 0}
+    config = make_config(optimizer=optimizer, training={"epochs": 20, "log_every": 1, "precision": "fp32"})
+    with pytest.raises(TrainingError, match=r"no longer a number at step [2-9]"):
+        pretrain(config)
+    assert "<svg" in (Path(config.training.output) / "report.html").read_text()
