@@ -12,6 +12,7 @@ Point = tuple[float, float]
 
 WIDTH, HEIGHT = 400, 216
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 24
+_CHARACTER, _PRINTED_CHARACTER = 6.2, 8.5  # widths in an axis label, whose type report.css makes larger on paper
 _BUCKETS = 160
 _MINUS = "&#8722;"
 
@@ -74,14 +75,7 @@ class Chart:
             y = down(tick)
             parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}"/>')
             parts.append(f'<text class="y" x="{_LEFT - 8}" y="{y + 3.5:.1f}">{label}</text>')
-        x_ticks = [tick for tick in nice_ticks(0, x_high, 4) if tick <= x_high * 1.0001]
-        for tick, label in zip(x_ticks, tick_labels(x_ticks)):
-            last = tick == x_ticks[-1]
-            anchor = ' class="last"' if last else ""
-            # the unit stands behind the last number: centred on its tick, it would reach over the edge
-            place = min(across(tick) + 30, WIDTH - _RIGHT) if last else across(tick)
-            text = f"{label} {escape(self.x_unit)}" if last else label
-            parts.append(f'<text{anchor} x="{place:.1f}" y="{HEIGHT - 6}">{text}</text>')
+        parts += _x_axis([tick for tick in nice_ticks(0, x_high, 4) if tick <= x_high * 1.0001], self.x_unit, across)
         for series, buckets in lines:
             parts.append(_line(series, buckets, across, down))
         parts.append(f'<path class="cursor" d="M0 {_TOP}V{HEIGHT - _BOTTOM}"/></svg>')
@@ -145,6 +139,24 @@ def _line(
             for b in buckets
         )
     return f'{band}<path class="line" style="--s:{series.color}" d="{shape}" data-v="{values}"/>{dots}'
+
+
+def _x_axis(ticks: Sequence[float], unit: str, across: Callable[[float], float]) -> list[str]:
+    """A label at each tick, behind the last one the unit; those that it would run into are left out."""
+    labels = tick_labels(ticks)
+    last = f"{labels[-1]} {unit}"
+    # the number stands at its tick and the unit behind it, as far as there is room
+    end = min(across(ticks[-1]) + _CHARACTER * (len(last) - len(labels[-1]) / 2), WIDTH - _RIGHT)
+    begin = end - _PRINTED_CHARACTER * (len(last) + 1)
+    places = [(across(tick), label) for tick, label in zip(ticks[:-1], labels)]
+    return [
+        *(
+            f'<text x="{x:.1f}" y="{HEIGHT - 6}">{label}</text>'
+            for x, label in places
+            if x + _PRINTED_CHARACTER * len(label) / 2 <= begin
+        ),
+        f'<text class="last" x="{end:.1f}" y="{HEIGHT - 6}">{escape(last)}</text>',
+    ]
 
 
 def _last(points: Sequence[Point]) -> float:

@@ -151,3 +151,14 @@ def test_any_numbers_can_be_drawn(values: list[float]) -> None:
 
 def test_a_quantity_without_numbers_is_not_drawn() -> None:
     assert Chart("Loss", "", [Series("", [(1, float("nan"))], "var(--c0)")], "steps", str).svg() == ""
+
+
+@pytest.mark.parametrize("x_high", [1, 40, 1600, 2000, 3840, 9999, 12_000, 2_000_000, 3_100_000_000])
+@pytest.mark.parametrize(("x_unit", "character"), [("samples", 6.2), ("samples", 8.5), ("steps", 6.2), ("steps", 8.5)])
+def test_labels_of_the_horizontal_axis_do_not_overlap(x_high: int, x_unit: str, character: float) -> None:
+    svg = Chart("Loss", "", [Series("", [(0, 1.0), (x_high, 2.0)], "var(--c0)")], x_unit, str).svg()
+    *labels, (end, last) = re.findall(r'<text(?: class="last")? x="([\d.]+)" y="210">([^<]+)<', svg)
+    begins = [float(x) - character * len(label) / 2 for x, label in labels] + [float(end) - character * len(last)]
+    ends = [float(x) + character * len(label) / 2 for x, label in labels]
+    assert last.endswith(f" {x_unit}")
+    assert all(end < begin for end, begin in zip(ends, begins[1:]))
