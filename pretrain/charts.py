@@ -88,7 +88,7 @@ class Chart:
         if self.top is not None:
             high = max(self.top, high)
         if high - low < 1e-12 + 1e-6 * abs(high):  # a constant lies in the middle
-            low, high = (0.0, 2 * high) if high > 0 else (low - 1 + self.from_zero, high + 1)
+            low, high = (0.0, 2 * high or 1.0) if high >= 0 else (low - 1, high + 1)
         return low, high
 
     def _caption(self, series: Sequence[Series]) -> str:

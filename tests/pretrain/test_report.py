@@ -162,3 +162,8 @@ def test_labels_of_the_horizontal_axis_do_not_overlap(x_high: int, x_unit: str, 
     ends = [float(x) + character * len(label) / 2 for x, label in labels]
     assert last.endswith(f" {x_unit}")
     assert all(end < begin for end, begin in zip(ends, begins[1:]))
+
+
+def test_a_quantity_that_is_always_0_has_an_axis_from_0() -> None:
+    svg = Chart("Codes revived", "", [Series("", [(1, 0.0), (2, 0.0)], "var(--c0)")], "steps", str).svg()
+    assert re.findall(r'class="y"[^>]*>([^<]+)<', svg) == ["0", "0.25", "0.5", "0.75", "1"]
