@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cots.config import PretrainConfig
+from cots.errors import TrainingError
 from cots.evaluation.metrics import recall_sum
 from pretrain.charts import Chart, Series
 from pretrain.command import exit_code
@@ -63,6 +64,7 @@ def write_report(directories: Sequence[Path], out: Path | None = None) -> Path:
     """Write the page of one run or of several, by default into the first run's directory, and return its path.
 
     Raises:
+        OSError: the page cannot be written.
         TrainingError: a directory holds no log.
     """
     runs = read_runs(list(directories))
@@ -350,7 +352,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, metavar="FILE", help="by default report.html in the first run's directory")
     given = parser.parse_args(arguments)
-    print(write_report(given.runs, given.out))
+    try:
+        path = write_report(given.runs, given.out)
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}"
+        raise TrainingError(f"The report cannot be written ({reason}); give another file with --out.") from error
+    print(path)
 
 
 if __name__ == "__main__":

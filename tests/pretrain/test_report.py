@@ -134,6 +134,12 @@ def test_a_directory_without_a_log_is_named(tmp_path: Path) -> None:
         write_report([tmp_path / "nonesuch"])
 
 
+def test_a_page_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    run, page = _write_run(tmp_path / "run", (1.0,)), tmp_path / "nonesuch" / "page.html"
+    with pytest.raises(TrainingError, match=r"cannot be written \(.*page\.html: No such file or directory\); give ano"):
+        main([str(run), "--out", str(page)])
+
+
 def test_ticks_are_round_and_enclose_the_values() -> None:
     assert nice_ticks(0, 92, 4) == [0, 25, 50, 75, 100]
     assert nice_ticks(2.61, 7.52, 4)[0] <= 2.61
