@@ -12,7 +12,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from cots.config import PretrainConfig
 from cots.errors import TrainingError
 from cots.evaluation.metrics import recall_sum
 from pretrain.charts import Chart, Series
@@ -262,7 +261,7 @@ def _settings(runs: Sequence[RunLog]) -> str:
     if not names:
         return ""
     if len(runs) == 1:
-        defaults = dict(_flat(PretrainConfig().model_dump(mode="json")))
+        defaults = dict(_flat(runs[0].defaults))
         groups: dict[str, str] = {}
         for name in names:
             group, _, own = name.rpartition(".")

@@ -7,7 +7,9 @@ from typing import Any
 
 import yaml
 
+from cots.config import PretrainConfig
 from cots.errors import TrainingError
+from cots.tokenizer_config import SECTION, VisualTokenizerTrainingConfig
 from pretrain.validation import Metrics, criterion
 
 
@@ -50,6 +52,17 @@ class RunLog:
     def batch_size(self) -> int | None:
         """Pairs a step, of all ranks."""
         return self.settings.get("training", {}).get("batch_size")
+
+    @property
+    def of_tokenizer(self) -> bool:
+        """Whether a visual tokenizer was trained."""
+        return SECTION in self.settings
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The settings of such a training where its configuration says nothing."""
+        kind = VisualTokenizerTrainingConfig if self.of_tokenizer else PretrainConfig
+        return kind().model_dump(mode="json")
 
     @property
     def ranks(self) -> int:

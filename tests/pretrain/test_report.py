@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cots.config import PretrainConfig
 from cots.errors import TrainingError
+from cots.settings import Settings
+from cots.tokenizer_config import VisualTokenizerTrainingConfig
 from pretrain.charts import Chart, Series, nice_ticks, tick_labels
 from pretrain.report import main, write_report
 from pretrain.run_log import read_runs
@@ -103,6 +106,16 @@ def test_the_training_of_a_tokenizer_has_its_own_figures(tmp_path: Path) -> None
     page = write_report([tmp_path])
     assert "Reconstruction error" in _outline(page).titles
     assert "epochs, step 2<" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", [PretrainConfig, VisualTokenizerTrainingConfig])
+def test_only_settings_that_are_not_the_default_are_in_ink(tmp_path: Path, kind: type[Settings]) -> None:
+    (tmp_path / "log.jsonl").write_text("")
+    settings = kind().model_dump(mode="json")
+    settings["optimizer"]["weight_decay"] = 0.123
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    text = write_report([tmp_path]).read_text(encoding="utf-8")
+    assert re.findall(r'class="changed"><dt>(\w+)', text) == ["weight_decay"]
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
