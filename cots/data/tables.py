@@ -99,8 +99,10 @@ def _path_column(table: Path, fields: Mapping[str, Any]) -> str:
     column = next((name for name in PATH_COLUMNS if name in fields), None)
     if column is None:
         found = ", ".join(str(name) for name in fields) or "none"
+        semicolons = "; its columns must be parted by commas" if len(fields) == 1 and ";" in found else ""
         raise SourceError(
             f"the table {table} has no column `path` (or {', '.join(PATH_COLUMNS[1:])}); its columns are: {found}"
+            f"{semicolons}"
         )
     return column
 
@@ -180,10 +182,16 @@ def _read_csv(table: Path, on_error: Callable[[MediaError], None]) -> Iterator[t
             for fields in reader:
                 yield f"{table}, line {reader.line_num}", fields
         except UnicodeDecodeError as error:
-            byte = f"byte {error.object[error.start]:#04x} after line {reader.line_num}"
+            byte = f"byte {error.object[error.start]:#04x} in line {_undecodable_line(table)}"
             raise SourceError(f"the table {table} is not UTF-8 ({byte}); save it as UTF-8") from error
         except csv.Error as error:
             raise SourceError(f"the table {table} is damaged after line {reader.line_num} ({error})") from error
+
+
+def _undecodable_line(table: Path) -> int:
+    """The first line of a table that is no UTF-8; what reads it decodes blocks of many lines."""
+    with open(table, "rb") as lines:
+        return next(number for number, line in enumerate(lines, 1) if line.decode("utf-8", "ignore").encode() != line)
 
 
 def _read_parquet(table: Path, on_error: Callable[[MediaError], None]) -> Iterator[tuple[str, Mapping[str, Any]]]:

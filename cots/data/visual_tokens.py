@@ -46,10 +46,7 @@ def stored_tokens(parts: Mapping[str, bytes], grid: int, fingerprint: str, mirro
     """
     extension = tokens_extension(grid, fingerprint)
     if extension not in parts:
-        raise SourceError(
-            f"the shard has no tokens {extension} ({_what_there_is(parts)}); write them with "
-            f"`python -m pretrain.tokenize ... --grid {grid}`"
-        )
+        raise SourceError(f"the shard has no tokens {extension} ({_what_there_is(parts)}); {_advice(parts, grid)}")
     try:
         tokens = np.load(io.BytesIO(parts[extension]), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
@@ -62,3 +59,13 @@ def stored_tokens(parts: Mapping[str, bytes], grid: int, fingerprint: str, mirro
 def _what_there_is(parts: Iterable[str]) -> str:
     there = sorted(extension for extension in parts if extension.endswith(SUFFIX))
     return f"it has {', '.join(there)}" if there else "it has none at all"
+
+
+def _advice(parts: Iterable[str], grid: int) -> str:
+    write = f"write them with `python -m pretrain.tokenize ... --grid {grid}"
+    if any(extension.startswith(f"{grid}x{grid}.") and extension.endswith(SUFFIX) for extension in parts):
+        return (
+            "those are of another tokenizer: name it in objective.masked_modeling.visual_tokenizer, or "
+            f"{write} --tokenizer DIR`"
+        )
+    return f"{write}`"

@@ -120,6 +120,7 @@ def _write_tables(folder: Path) -> None:
     (folder / "none").mkdir()
     (folder / "none" / "notes.txt").write_text("nothing to see")
     (folder / "columns.csv").write_text("name,words\n1.png,a dog\n")
+    (folder / "semicolons.csv").write_text("path;caption\n1.png;a dog\n")
     (folder / "columns.jsonl").write_text('{"name": "1.png"}\n')
     pq.write_table(pa.table({"name": ["1.png"]}), folder / "columns.parquet")
     (folder / "empty.jsonl").write_text("")
@@ -133,6 +134,7 @@ def _write_tables(folder: Path) -> None:
         ("nonesuch", "there is no file or folder"),
         ("*.webp", "nothing matches"),
         ("columns.csv", "no column `path`.* its columns are: name, words"),
+        ("semicolons.csv", "its columns are: path;caption; its columns must be parted by commas"),
         ("columns.jsonl", "no column `path`.* its columns are: name"),
         ("columns.parquet", "no column `path`.* its columns are: name"),
         ("empty.jsonl", "has no rows"),

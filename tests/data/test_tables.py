@@ -100,8 +100,8 @@ def test_broken_line_is_reported_and_the_rest_read(tmp_path: Path) -> None:
 
 
 def test_csv_that_is_not_utf8(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_bytes("path,caption\na.jpg,café\n".encode("latin-1"))
-    with pytest.raises(SourceError, match=r"t\.csv is not UTF-8 \(byte 0xe9.*save it as UTF-8"):
+    (tmp_path / "t.csv").write_bytes("path,caption\nb.jpg,a dog\na.jpg,café\n".encode("latin-1"))
+    with pytest.raises(SourceError, match=r"t\.csv is not UTF-8 \(byte 0xe9 in line 3\); save it as UTF-8"):
         rows_of(tmp_path / "t.csv")
 
 
