@@ -1,5 +1,6 @@
 """Where models come from: the embedded one, a training output, or open_clip."""
 
+import json
 import os
 from pathlib import Path
 
@@ -43,9 +44,19 @@ def model_directory(name: str) -> Path:
     path = Path(os.path.expanduser(name))  # that of Path raises for a user who does not exist
     for candidate in (path, path / "best"):
         if (candidate / "config.json").is_file():
+            _refuse_visual_tokenizer(candidate)
             return candidate
     if path.is_dir():
         raise ModelError(
             f"The directory {name} holds no model (no config.json, no best/); give one that `cots pretrain` wrote."
         )
     raise ModelError(f"There is no model {name!r}; use `embedded`, a model directory, or open_clip:ARCH/TAG.")
+
+
+def _refuse_visual_tokenizer(directory: Path) -> None:
+    try:
+        saved = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # damaged, which what reads it says
+    if isinstance(saved, dict) and "visual_tokenizer" in saved:
+        raise ModelError(f"{directory} is a visual tokenizer, not a model of two towers; name the model's directory.")

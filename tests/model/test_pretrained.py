@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cots.config import ModelConfig
+from cots.embedded import EMBEDDED_VISUAL_TOKENIZER
 from cots.errors import ConfigError, ModelError
 from cots.model import open_clip_model
 from cots.model.caption_tokenizer import WordPieceTokenizer
@@ -130,6 +131,11 @@ def test_damaged_and_foreign_directories_are_refused_with_a_sentence(tiny_model_
     (foreign / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="another architecture"):
         load_model(str(foreign))
+
+    with pytest.raises(
+        ModelError, match="is a visual tokenizer, not a model of two towers; name the model's"
+    ):
+        load_model(str(EMBEDDED_VISUAL_TOKENIZER))
 
     newer = _copy(tiny_model_dir, tmp_path / "newer")
     for version, message in ((99, "newer than this version"), ("new", r"config\.json is damaged"), (None, "damaged")):
