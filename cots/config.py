@@ -102,7 +102,7 @@ class DataConfig(Settings):
     workers: int = Field(2, ge=0)
     """Decoding processes per rank; threads where pictures are decoded once (`cache_side`, validation)."""
     max_bad_share: float = Field(0.01, ge=0, le=1)
-    """The run stops when more than this share of the samples could not be read."""
+    """The run stops when more than this share of the samples could not be read; of fewer than 1,000, of 1,000."""
 
 
 class ContrastiveConfig(Settings):

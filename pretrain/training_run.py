@@ -191,7 +191,7 @@ class TrainingRun(ABC, Generic[Config, Step]):
             )
         name_left_out(self.sources, self.config.data.max_bad_share, self.telemetry.say)
         if training.resume and self.step == 0:
-            self.telemetry.say(f"{self.directory} holds no checkpoint to go on from; this run starts from nothing.")
+            self.telemetry.say(f"{self.directory} holds no checkpoint to go on from; this run begins with step 1.")
         with StopRequest(self.ranks) as stop:
             steps = self._samples()
             self.trained.train()
@@ -230,9 +230,10 @@ class TrainingRun(ABC, Generic[Config, Step]):
         rate = {"learning_rate": factor * self.config.optimizer.learning_rate}
         means = self.telemetry.flush(self.step, self.step / self.epoch_steps, rate)
         if broken := no_number(means):
+            clipping = "" if self.config.optimizer.clip_norm else ", and optimizer.clip_norm set"
             raise TrainingError(
                 f"The {broken} is no longer a number at step {self.step}; the items of the last steps are named in "
-                f"{self._name_items()}. Lower the learning rate or set optimizer.clip_norm."
+                f"{self._name_items()}. Begin a new run with a lower optimizer.learning_rate{clipping}."
             )
         self.items_since_log.clear()
 

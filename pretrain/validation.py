@@ -21,6 +21,7 @@ from pretrain.read_all import read_all
 from pretrain.unusable import entries_left_out
 
 Metrics = dict[str, dict[str, float]]
+_WHOLE = "every item of data.validation must be readable, so that results compare; mend it or take it out"
 
 
 class ValidationFrames(Dataset[Tensor]):
@@ -40,7 +41,7 @@ class ValidationFrames(Dataset[Tensor]):
         try:
             frames = self.source.read(index).evaluation_frames(self.transform.size)
         except MediaError as error:
-            raise MediaError(self.source.name(index), error.reason) from error
+            raise MediaError(self.source.name(index), f"{error.reason}; {_WHOLE}") from error
         return torch.stack([self.transform(frame) for frame in frames])
 
 
@@ -74,7 +75,7 @@ def _read(source: PairSource, index: int) -> Pair:
     try:
         return source.read(index)
     except MediaError as error:
-        raise MediaError(source.name(index), error.reason) from error
+        raise MediaError(source.name(index), f"{error.reason}; {_WHOLE}") from error
 
 
 @dataclass
