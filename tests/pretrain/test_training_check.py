@@ -101,6 +101,8 @@ def test_a_validation_source_must_be_whole(make_config: MakeConfig, shape_shard:
     shard = shape_shard(tmp_path / "val.tar", _item("broken", b"no picture"))
     config = make_config(data={"validation": [{"path": str(shard)}], "max_bad_share": 0.5})
     assert "a validation source must be whole" in "\n".join(examine(config).problems)
+    with pytest.raises(MediaError, match=r"broken.*; every item of data\.validation must be readable, so that results"):
+        pretrain(config)
 
 
 def test_pictures_in_training_and_validation_are_leaks_even_when_saved_again(
