@@ -7,7 +7,7 @@ python -m pretrain.report runs/plain runs/filtered --out comparison.html   # sev
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from cots.errors import TrainingError
 from cots.evaluation.metrics import recall_sum
 from pretrain.charts import Chart, Series
 from pretrain.command import exit_code
-from pretrain.run_log import RunLog, read_runs
+from pretrain.run_log import QUANTITIES, Quantity, RunLog, figure, read_runs, words
 
 _DIRECTIONS = {"text_to_image": "text to image", "image_to_text": "image to text"}
 _RECALLS = ("R@1", "R@5", "R@10")
@@ -31,32 +31,6 @@ def _number(value: float) -> str:
 
 def _percent(value: float) -> str:
     return f"{value:.1f}"
-
-
-# name in the log -> title, unit, factor, whether the axis begins at 0, where it ends
-_QUANTITIES: dict[str, dict[str, tuple[str, str, float, bool, float | None]]] = {
-    "Losses": {"loss": ("Loss", "sum", 1, False, None)},
-    "Optimisation": {
-        "learning_rate": ("Learning rate", "", 1, True, None),
-        "rate_factor": ("Learning rate", "share of its peak", 1, True, 1.0),
-        "gradient_norm": ("Gradient norm", "before clipping", 1, True, None),
-        "temperature": ("Temperature", "", 1, True, None),
-        "positive_similarity": ("Similarity of pairs", "cosine", 1, True, None),
-        "negative_similarity": ("Similarity of negatives", "cosine", 1, True, None),
-        "queue_fill": ("Queue fill", "%", 100, True, 100.0),
-        "filter_kept": ("Pairs kept by the filter", "%", 100, True, 100.0),
-        "filter_threshold": ("Filter threshold", "cosine", 1, False, None),
-        "direction_agreement": ("Agreement of the directions", "%", 100, True, None),
-        "masked_image_accuracy": ("Hidden patches told", "%", 100, True, None),
-        "masked_text_accuracy": ("Hidden words told", "%", 100, True, None),
-    },
-    "Speed": {
-        "pairs_per_second_per_gpu": ("Pairs per second", "per device", 1, True, None),
-        "mfu": ("Model FLOPs utilisation", "% of the matrix rate", 100, True, None),
-        "data_wait": ("Waiting for data", "% of the time", 100, True, None),
-        "peak_memory_gib": ("Peak memory", "GiB", 1, True, None),
-    },
-}
 
 
 def write_report(directories: Sequence[Path], out: Path | None = None) -> Path:
@@ -118,7 +92,10 @@ def _tiles(run: RunLog) -> str:
             if "R@1" in metrics:
                 tiles.append((_named(direction).capitalize(), _percent(metrics["R@1"]), f"R@1 {place}"))
             else:
-                tiles += [(_words(name), _number(value), place) for name, value in metrics.items() if value is not None]
+                for name, value in metrics.items():
+                    title, unit, factor, *_ = figure(name)
+                    if value is not None:
+                        tiles.append((title, _format(unit)(factor * value), f"{unit} {place}".lstrip()))
         tiles.append(("Best checkpoint", f"{best.epoch:g}", f"epochs, step {best.step:,}"))
     tiles += [(label, value, note) for label, value, note in _totals(run) if value]
     cells = "".join(
@@ -132,9 +109,9 @@ def _totals(run: RunLog) -> list[tuple[str, str, str]]:
     samples = run.steps * run.batch_size if run.batch_size else 0
     on_gpu = bool(run.starts and "CPU" not in run.starts[-1]["hardware"])
     return [
-        ("Samples seen", _short(samples) if samples else "", f"pairs in {run.steps:,} steps"),
+        ("Samples seen", _short(samples) if samples else "", f"{run.batch_of} in {run.steps:,} steps"),
         ("GPU time" if on_gpu else "Computing time", _hours(run.seconds * run.ranks), "all devices together"),
-        ("Speed", _median(run, "pairs_per_second_per_gpu", "{:,.0f}"), "pairs/s per device"),
+        ("Speed", _median(run, "pairs_per_second_per_gpu", "{:,.0f}"), f"{run.batch_of}/s per device"),
         ("Utilisation", _median(run, "mfu", "{:.0%}"), "of the matrix rate"),
         ("Peak memory", _median(run, "peak_memory_gib", "{:.1f}"), "GiB"),
     ]
@@ -146,7 +123,7 @@ def _comparison(runs: Sequence[RunLog]) -> str:
         best = run.best
         cells = "".join(f"<td>{value or '-'}</td>" for _, value, _ in _totals(run))
         rows += f"<tr>{_run_cell(run, number)}<td>{f'{best.epoch:g}' if best else '-'}</td>{cells}</tr>"
-    units = {"Speed": "Pairs/s per device", "Peak memory": "Peak GiB"}
+    units = {"Speed": f"{runs[0].batch_of.capitalize()}/s per device", "Peak memory": "Peak GiB"}
     heads = "".join(f"<th>{units.get(label, label)}</th>" for label, *_ in _totals(runs[0]))
     head = f"<thead><tr><th>Run</th><th>Best epoch</th>{heads}</tr></thead>"
     return f'<div class="table"><table>{head}<tbody>{rows}</tbody></table></div>'
@@ -164,8 +141,12 @@ def _validation_charts(runs: Sequence[RunLog]) -> Iterator[str]:
     for source, direction, figures in places:
         where = f"on {Path(source).name}"
         for name in figures:
-            series = [_validated(run, number, source, direction, name) for number, run in enumerate(runs)]
-            yield Chart(_words(name), where, series, _x_unit(runs), _number).svg()
+            title, unit, factor, from_zero, top = figure(name)
+            series = [_validated(run, number, source, direction, name, factor) for number, run in enumerate(runs)]
+            if len(runs) == 1:
+                series[0].name = ""
+            unit_on = f"{unit} {where}".lstrip()
+            yield Chart(title, unit_on, series, _x_unit(runs), _format(unit), from_zero, top).svg()
         if figures:
             continue
         title, unit = _named(direction).capitalize(), f"% {where}"
@@ -179,26 +160,29 @@ def _validation_charts(runs: Sequence[RunLog]) -> Iterator[str]:
         yield Chart(title, unit, series, _x_unit(runs), _percent, from_zero=True).svg()
 
 
-def _validated(run: RunLog, number: int, source: str, direction: str, name: str) -> Series:
+def _validated(run: RunLog, number: int, source: str, direction: str, name: str, factor: float = 1) -> Series:
     figures = [(done.step, done.results.get(source, {}).get(direction, {}).get(name)) for done in run.validated]
-    points = [(_samples(run, step), value) for step, value in figures if value is not None]
+    points = [(_samples(run, step), factor * value) for step, value in figures if value is not None]
     return Series(run.name, points, _color(number))
 
 
 def _charts(runs: Sequence[RunLog], section: str) -> Iterator[str]:
-    known = {name for quantities in _QUANTITIES.values() for name in quantities}
+    known = {name for quantities in QUANTITIES.values() for name in quantities}
     logged = {name for run in runs for row in run.rows for name in row} - _NOT_DRAWN
     if "learning_rate" in logged:
         logged.discard("rate_factor")
-    quantities = dict(_QUANTITIES.get(section, {}))
+    quantities = dict(QUANTITIES.get(section, {}))
     free = sorted(logged - known)
     if section == "Losses":
-        quantities |= {name: (_words(name[5:]), "loss", 1, False, None) for name in free if name.startswith("loss_")}
+        quantities |= {
+            name: Quantity(words(name[5:]), "loss", from_zero=False) for name in free if name.startswith("loss_")
+        }
     if section == "Other":
-        quantities = {name: (_words(name), "", 1, False, None) for name in free if not name.startswith("loss_")}
+        quantities = {name: Quantity(words(name), from_zero=False) for name in free if not name.startswith("loss_")}
     for name, (title, unit, factor, from_zero, top) in quantities.items():
         if name not in logged:
             continue
+        title = title.replace("Pairs per", f"{runs[0].batch_of.capitalize()} per")
         series = [
             Series(
                 run.name if len(runs) > 1 else "",
@@ -207,7 +191,7 @@ def _charts(runs: Sequence[RunLog], section: str) -> Iterator[str]:
             )
             for number, run in enumerate(runs)
         ]
-        yield Chart(title, unit, series, _x_unit(runs), _percent if unit[:1] == "%" else _number, from_zero, top).svg()
+        yield Chart(title, unit, series, _x_unit(runs), _format(unit), from_zero, top).svg()
 
 
 def _section(title: str, charts: Sequence[str]) -> str:
@@ -314,8 +298,8 @@ def _named(direction: str) -> str:
     return _DIRECTIONS.get(direction, direction.replace("_", " "))
 
 
-def _words(name: str) -> str:
-    return name.replace("_", " ").capitalize()
+def _format(unit: str) -> Callable[[float], str]:
+    return _percent if unit[:1] == "%" else _number
 
 
 def _samples(run: RunLog, step: float) -> float:

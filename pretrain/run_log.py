@@ -1,9 +1,9 @@
-"""A run directory read back: its settings, where it ran, and the rows of its log."""
+"""A run directory read back: its settings, where it ran, the rows of its log and what the numbers in them are."""
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -11,6 +11,61 @@ from cots.config import PretrainConfig
 from cots.errors import TrainingError
 from cots.tokenizer_config import SECTION, VisualTokenizerTrainingConfig
 from pretrain.validation import Metrics, criterion
+
+
+class Quantity(NamedTuple):
+    """How a number of the log is shown.
+
+    Attributes:
+        unit: "" if it has none; one that begins with % is shown to one decimal.
+        factor: from the log to the unit.
+        from_zero: whether its axis begins at 0.
+        top: where its axis ends; None: above the largest value.
+    """
+
+    title: str
+    unit: str = ""
+    factor: float = 1
+    from_zero: bool = True
+    top: float | None = None
+
+
+FIGURES: dict[str, Quantity] = {  # of a tokenizer's validation
+    "reconstruction_error": Quantity("Reconstruction error", "mean square"),
+    "psnr": Quantity("PSNR", "dB", from_zero=False),
+    "codebook_usage": Quantity("Codebook usage", "% of the codes", factor=100, top=100.0),
+    "codebook_perplexity": Quantity("Codebook perplexity", "codes"),
+}
+QUANTITIES: dict[str, dict[str, Quantity]] = {  # by section and name in the log
+    "Losses": {
+        "loss": Quantity("Loss", "sum", from_zero=False),
+        "reconstruction_error": FIGURES["reconstruction_error"],
+        "kl": Quantity("KL divergence of a patch", "nats"),
+        "kl_batch": Quantity("KL divergence of the batch", "nats"),
+    },
+    "Optimisation": {
+        "learning_rate": Quantity("Learning rate"),
+        "rate_factor": Quantity("Learning rate", "share of its peak", top=1.0),
+        "gradient_norm": Quantity("Gradient norm", "before clipping"),
+        "kl_weight": Quantity("KL weight"),
+        "revived": Quantity("Codes revived", "a step"),
+        "temperature": Quantity("Temperature"),
+        "positive_similarity": Quantity("Similarity of pairs", "cosine"),
+        "negative_similarity": Quantity("Similarity of negatives", "cosine"),
+        "queue_fill": Quantity("Queue fill", "%", factor=100, top=100.0),
+        "filter_kept": Quantity("Pairs kept by the filter", "%", factor=100, top=100.0),
+        "filter_threshold": Quantity("Filter threshold", "cosine", from_zero=False),
+        "direction_agreement": Quantity("Agreement of the directions", "%", factor=100),
+        "masked_image_accuracy": Quantity("Hidden patches told", "%", factor=100),
+        "masked_text_accuracy": Quantity("Hidden words told", "%", factor=100),
+    },
+    "Speed": {
+        "pairs_per_second_per_gpu": Quantity("Pairs per second", "per device"),
+        "mfu": Quantity("Model FLOPs utilisation", "% of the matrix rate", factor=100),
+        "data_wait": Quantity("Waiting for data", "% of the time", factor=100),
+        "peak_memory_gib": Quantity("Peak memory", "GiB"),
+    },
+}
 
 
 @dataclass
@@ -50,13 +105,18 @@ class RunLog:
 
     @property
     def batch_size(self) -> int | None:
-        """Pairs a step, of all ranks."""
+        """Pairs or pictures a step, of all ranks."""
         return self.settings.get("training", {}).get("batch_size")
 
     @property
     def of_tokenizer(self) -> bool:
         """Whether a visual tokenizer was trained."""
         return SECTION in self.settings
+
+    @property
+    def batch_of(self) -> str:
+        """What a batch is counted in."""
+        return "pictures" if self.of_tokenizer else "pairs"
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -116,6 +176,16 @@ def _read_run(directory: Path, name: str) -> RunLog:
     log.rows = [rows[step] for step in sorted(rows)]
     log.validated = [validated[step] for step in sorted(validated)]
     return log
+
+
+def figure(name: str) -> Quantity:
+    """What a figure of a tokenizer's validation is; one that is not known goes by its name in the log."""
+    return FIGURES.get(name, Quantity(words(name), from_zero=False))
+
+
+def words(name: str) -> str:
+    """A name in the log as a title."""
+    return name.replace("_", " ").capitalize()
 
 
 def _settings(path: Path) -> dict[str, Any]:

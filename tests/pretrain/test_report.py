@@ -93,19 +93,32 @@ def test_several_runs_lie_over_each_other_and_only_settings_that_differ_are_list
     assert "training.seed" not in text
 
 
+def _write_tokenizer_run(directory: Path) -> Path:
+    rows: list[dict] = []
+    for step, error, psnr in ((1, 0.5, 3.01), (2, 0.2, 6.99), (3, 0.3, None)):
+        scalars = {"loss": error, "reconstruction_error": error, "kl": 4.0, "kl_batch": 0.5, "kl_weight": 0.0}
+        rows.append({"step": step, "epoch": step, **scalars, "revived": 0.0, "pairs_per_second_per_gpu": 900.0})
+        figures = {"reconstruction_error": error, "psnr": psnr, "codebook_usage": 0.625, "codebook_perplexity": 19.1}
+        rows.append({"step": step, "epoch": step, "validation": {"val.tar": {"reconstruction": figures}}})
+    (directory / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = VisualTokenizerTrainingConfig().model_dump(mode="json")
+    (directory / "config.yaml").write_text(yaml.safe_dump(settings))
+    return directory
+
+
 def test_the_training_of_a_tokenizer_has_its_own_figures(tmp_path: Path) -> None:
-    rows = [
-        {
-            "step": step,
-            "epoch": step,
-            "validation": {"val.tar": {"reconstruction": {"reconstruction_error": error, "psnr": None}}},
-        }
-        for step, error in ((1, 0.5), (2, 0.2), (3, 0.3))
-    ]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    page = write_report([tmp_path])
-    assert "Reconstruction error" in _outline(page).titles
-    assert "epochs, step 2<" in page.read_text(encoding="utf-8")
+    page = write_report([_write_tokenizer_run(tmp_path)])
+    titles, text = _outline(page).titles, page.read_text(encoding="utf-8")
+    assert {"PSNR", "Codebook usage", "KL weight", "Codes revived", "Pictures per second"} <= set(titles)
+    assert "<dt>PSNR</dt><dd>6.99</dd><dd>dB on val.tar</dd>" in text
+    assert "<dt>Codebook usage</dt><dd>62.5</dd><dd>% of the codes on val.tar</dd>" in text
+    assert "epochs, step 2<" in text
+    losses = text.partition("<h2>Losses</h2>")[2].partition("<h2>")[0]
+    assert re.findall(r"<h3>([^<]+)<", losses) == [
+        "Loss ", "Reconstruction error ", "KL divergence of a patch ", "KL divergence of the batch "]  # fmt: skip
+    assert "<h2>Other</h2>" not in text
+    assert "pairs" not in text.casefold()
+    assert "pictures in 3 steps" in text
 
 
 @pytest.mark.parametrize("kind", [PretrainConfig, VisualTokenizerTrainingConfig])
