@@ -116,9 +116,10 @@ def _try_out(config: VisualTokenizerTrainingConfig, train: list[SourceFacts]) ->
         loss = json.loads((Path(directory) / "log.jsonl").read_text(encoding="utf-8").splitlines()[0])["loss"]
     rate = small.batch_size / seconds
     minutes = steps * training.batch_size / rate / 60
+    duration = "less than a minute" if minutes < 1 else f"about {minutes:,.0f} min or less"
     return (
         f"one step of {small.batch_size} pictures done on {run.device.type}, loss {loss:.3f}, {rate:,.0f} pictures/s: "
-        f"{steps:,} steps of {training.batch_size} take about {minutes:,.0f} min or less, decoding aside"
+        f"{steps:,} steps of {training.batch_size} take {duration}, decoding aside"
     )
 
 
