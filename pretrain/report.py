@@ -5,6 +5,7 @@ python -m pretrain.report runs/plain runs/filtered --out comparison.html   # sev
 """
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -101,7 +102,13 @@ def _tiles(run: RunLog) -> str:
     cells = "".join(
         f"<div><dt>{escape(label)}</dt><dd>{value}</dd><dd>{escape(note)}</dd></div>" for label, value, note in tiles
     )
-    return f'<dl class="tiles">{cells}</dl>'
+    return f'<dl class="tiles" style="--wide:{_a_row(len(tiles), 7)};--narrow:{_a_row(len(tiles), 4)}">{cells}</dl>'
+
+
+def _a_row(count: int, most: int) -> int:
+    """How many of `count` tiles stand in a row so that rows are of about one length."""
+    rows = math.ceil(count / most)
+    return math.ceil(count / rows) if rows else 1
 
 
 def _totals(run: RunLog) -> list[tuple[str, str, str]]:

@@ -97,7 +97,9 @@ def _write_tokenizer_run(directory: Path) -> Path:
     rows: list[dict] = []
     for step, error, psnr in ((1, 0.5, 3.01), (2, 0.2, 6.99), (3, 0.3, None)):
         scalars = {"loss": error, "reconstruction_error": error, "kl": 4.0, "kl_batch": 0.5, "kl_weight": 0.0}
-        rows.append({"step": step, "epoch": step, **scalars, "revived": 0.0, "pairs_per_second_per_gpu": 900.0})
+        rows.append(
+            {"step": step, "epoch": step, **scalars, "revived": 0.0, "seconds": 9.0, "pairs_per_second_per_gpu": 900.0}
+        )
         figures = {"reconstruction_error": error, "psnr": psnr, "codebook_usage": 0.625, "codebook_perplexity": 19.1}
         rows.append({"step": step, "epoch": step, "validation": {"val.tar": {"reconstruction": figures}}})
     (directory / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -119,6 +121,13 @@ def test_the_training_of_a_tokenizer_has_its_own_figures(tmp_path: Path) -> None
     assert "<h2>Other</h2>" not in text
     assert "pairs" not in text.casefold()
     assert "pictures in 3 steps" in text
+
+
+def test_no_tile_stands_alone_in_a_row(tmp_path: Path) -> None:
+    text = write_report([_write_tokenizer_run(tmp_path)]).read_text(encoding="utf-8")
+    tiles = text.partition('class="tiles"')[2].partition("</dl>")[0]
+    assert tiles.count("<dt>") == 8
+    assert re.findall(r"--(wide|narrow):(\d+)", tiles) == [("wide", "4"), ("narrow", "4")]
 
 
 @pytest.mark.parametrize("kind", [PretrainConfig, VisualTokenizerTrainingConfig])
