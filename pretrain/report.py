@@ -5,6 +5,7 @@ python -m pretrain.report runs/plain runs/filtered --out comparison.html   # sev
 """
 
 import argparse
+import base64
 import math
 import statistics
 import sys
@@ -57,6 +58,7 @@ def _page(runs: Sequence[RunLog]) -> str:
             _section("Validation", [*_validation_charts(runs)]),
             *(_section(name, [*_charts(runs, name)]) for name in ("Losses", "Optimisation", "Speed", "Other")),
             _recall_table(runs),
+            _reconstructions(runs),
             _settings(runs),
         ]
     )
@@ -243,6 +245,18 @@ def _recall_table(runs: Sequence[RunLog]) -> str:
         f"<tr>{empty}{above}<th></th></tr><tr>{lead}{heads}<th>RSum</th></tr>"
         f"</thead><tbody>{rows}</tbody></table></div></section>"
     )
+
+
+def _reconstructions(runs: Sequence[RunLog]) -> str:
+    """What tokenizers keep of validation pictures at their best checkpoint, a sheet a run."""
+    sheets = ""
+    for number, run in enumerate(runs):
+        if path := run.reconstructions:
+            name = f'<h3><i style="--s:{_color(number)}"></i>{escape(run.name)}</h3>' if len(runs) > 1 else ""
+            source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+            sheets += f'{name}<div class="table"><img src="{source}" alt="Pictures and their reconstructions"></div>'
+    title = "<h2>Reconstructions <small>below each row of pictures, at the best checkpoint</small></h2>"
+    return f"<section>{title}{sheets}</section>" if sheets else ""
 
 
 def _settings(runs: Sequence[RunLog]) -> str:

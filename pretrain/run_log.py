@@ -31,7 +31,7 @@ class Quantity(NamedTuple):
 
 
 FIGURES: dict[str, Quantity] = {  # of a tokenizer's validation
-    "reconstruction_error": Quantity("Reconstruction error", "mean square"),
+    "reconstruction_error": Quantity("Reconstruction error", "MSE"),
     "psnr": Quantity("PSNR", "dB", from_zero=False),
     "codebook_usage": Quantity("Codebook usage", "% of the codes", factor=100, top=100.0),
     "codebook_perplexity": Quantity("Codebook perplexity", "codes"),
@@ -48,7 +48,7 @@ QUANTITIES: dict[str, dict[str, Quantity]] = {  # by section and name in the log
         "rate_factor": Quantity("Learning rate", "share of its peak", top=1.0),
         "gradient_norm": Quantity("Gradient norm", "before clipping"),
         "kl_weight": Quantity("KL weight"),
-        "revived": Quantity("Codes revived", "a step"),
+        "revived": Quantity("Codes revived", "per step"),
         "temperature": Quantity("Temperature"),
         "positive_similarity": Quantity("Similarity of pairs", "cosine"),
         "negative_similarity": Quantity("Similarity of negatives", "cosine"),
@@ -88,6 +88,7 @@ class Validated:
 @dataclass
 class RunLog:
     """Attributes:
+    directory: where it lies.
     name: what tells it from the runs beside it.
     settings: config.yaml; empty if there is none.
     starts: what run.json says of every start.
@@ -96,6 +97,7 @@ class RunLog:
     seconds: of training and validation, repeated steps included; 0 if the log does not say.
     """
 
+    directory: Path
     name: str
     settings: dict[str, Any]
     starts: list[dict[str, Any]] = field(default_factory=list)
@@ -138,6 +140,12 @@ class RunLog:
         """The validation that the best checkpoint was chosen by."""
         return max(self.validated, key=lambda done: done.merit, default=None)
 
+    @property
+    def reconstructions(self) -> Path | None:
+        """The sheet of pictures and their reconstructions at the best checkpoint, if a tokenizer's training left it."""
+        path = self.directory / "reconstructions" / f"step-{self.best.step:08d}.png" if self.best else None
+        return path if path and path.is_file() else None
+
     def points(self, name: str) -> list[tuple[float, float]]:
         """(step, value) of a scalar, where it is a number."""
         return [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), int | float)]
@@ -160,7 +168,7 @@ def _read_run(directory: Path, name: str) -> RunLog:
         lines = (directory / "log.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise TrainingError(f"{directory} holds no log.jsonl; give a directory that a training wrote.") from error
-    log = RunLog(name, _settings(directory / "config.yaml"), _starts(directory / "run.json"))
+    log = RunLog(directory, name, _settings(directory / "config.yaml"), _starts(directory / "run.json"))
     rows: dict[int, dict[str, Any]] = {}
     validated: dict[int, Validated] = {}
     for line in lines:

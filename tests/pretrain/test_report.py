@@ -1,3 +1,4 @@
+import base64
 import json
 import re
 from html.parser import HTMLParser
@@ -5,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from cots.config import PretrainConfig
 from cots.errors import TrainingError
@@ -47,7 +49,7 @@ class _Outline(HTMLParser):
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self._inside = tag
         self.fetched += [value or "" for name, value in attributes if name in ("src", "href")]
-        if tag not in ("meta", "path", "circle"):
+        if tag not in ("meta", "path", "circle", "img"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -121,6 +123,19 @@ def test_the_training_of_a_tokenizer_has_its_own_figures(tmp_path: Path) -> None
     assert "<h2>Other</h2>" not in text
     assert "pairs" not in text.casefold()
     assert "pictures in 3 steps" in text
+
+
+def test_reconstructions_at_the_best_checkpoint_are_inside_the_page(tmp_path: Path) -> None:
+    run = _write_tokenizer_run(tmp_path)
+    (run / "reconstructions").mkdir()
+    for step in (1, 2, 3):
+        Image.new("RGB", (step, 1)).save(run / "reconstructions" / f"step-{step:08d}.png")
+    (source,) = _outline(write_report([run])).fetched
+    kind, _, content = source.partition(",")
+    assert kind == "data:image/png;base64"
+    assert base64.b64decode(content) == (run / "reconstructions" / "step-00000002.png").read_bytes()
+    (run / "reconstructions" / "step-00000002.png").unlink()
+    assert "Reconstructions" not in write_report([run]).read_text(encoding="utf-8")
 
 
 def test_no_tile_stands_alone_in_a_row(tmp_path: Path) -> None:
