@@ -1,15 +1,28 @@
 """The card that is saved beside a model: what it is, what it was trained on, how good it is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from cots.config import PretrainConfig
 from cots.model.open_clip_architecture import OPEN_CLIP
 
 
 def model_card(
-    config: PretrainConfig, results: Mapping[str, Mapping[str, Mapping[str, float]]], notes: str = ""
+    config: PretrainConfig,
+    results: Mapping[str, Mapping[str, Mapping[str, float]]],
+    notes: str = "",
+    *,
+    averaged: Sequence[str] = (),
+    centering: float | None = None,
 ) -> str:
-    """Markdown from the configuration and its validation results: {source: {direction: metrics}}."""
+    """Markdown from the configuration and its validation results.
+
+    Args:
+        config: of the training; of a soup that of its best run, with the training sources of all of them.
+        results: {source: {direction: metrics}}.
+        notes: put at the end.
+        averaged: the runs that a soup is the average of, the best first.
+        centering: the share of the training pairs' means that embeddings are shifted by, of a released model.
+    """
     image, text = config.model.image_tower, config.model.text_tower
     blocks = f", {image.transformer_depth} transformer blocks of width {image.transformer_width}"
     given = config.start
@@ -31,10 +44,14 @@ def model_card(
         f"- Embedding: {config.model.embedding_dim} dimensions, unit norm",
         f"- Clips: {clips}",
         f"- Started from: {start}",
+        *([_weights(averaged)] if averaged else []),
         f"- Trained on: {', '.join(f'{source.path} (x{source.weight:g})' for source in config.data.train)}",
-        f"- At most {config.training.epochs:g} epochs, batch {config.training.batch_size}, seed {config.training.seed}",
-        "",
+        f"- {'The best of these trainings: at' if len(averaged) > 1 else 'At'} most {config.training.epochs:g} epochs, "
+        f"batch {config.training.batch_size}, seed {config.training.seed}",
     ]
+    if centering is not None:
+        lines.append(f"- Centred: embeddings are shifted by {centering:g} times the training pairs' means")
+    lines.append("")
     if results:
         lines += ["| validation | direction | R@1 | R@5 | R@10 | MedR |", "|---|---|---|---|---|---|"]
     else:
@@ -44,3 +61,9 @@ def model_card(
             figures = f"{m['R@1']:.1f} | {m['R@5']:.1f} | {m['R@10']:.1f} | {m['MedR']:g}"
             lines.append(f"| {path} | {direction.replace('_', ' ')} | {figures} |")
     return "\n".join(lines) + "\n" + (f"\n{notes.strip()}\n" if notes else "")
+
+
+def _weights(averaged: Sequence[str]) -> str:
+    if len(averaged) == 1:
+        return f"- Weights: those of the training {averaged[0]}, which an average with others did not better"
+    return f"- Weights: the average of {len(averaged)} trainings ({', '.join(averaged)})"
