@@ -15,6 +15,7 @@ from cots.model.dual_encoder import DualEncoder
 from cots.model.model_directory import read_model, save_model
 from cots.model.pretrained import load_model
 from pretrain import soup
+from pretrain.release import release
 from pretrain.soup import greedy_soup, read_record, save_start
 from pretrain.validation import Metrics, Validation
 
@@ -99,12 +100,29 @@ def test_no_model_is_measured_twice(
     assert results == all_better[-1]
 
 
+def test_a_release_of_a_soup_names_all_that_it_was_trained_on(
+    make_run: MakeRun, validation: list[str], shards: Path, tmp_path: Path, all_better: list[Any]
+) -> None:
+    runs, out = [make_run("a"), make_run("b", "train-1.tar")], tmp_path / "soup"
+    greedy_soup(runs, out, validation)
+    greedy_soup([out, make_run("c")], tmp_path / "second", validation)
+    for number, directory in ((2, out), (3, tmp_path / "second")):
+        release(directory, tmp_path / "released", validation, centering=0.5)
+        card = (tmp_path / "released" / "MODEL_CARD.md").read_text()
+        assert f"the average of {number} trainings ({runs[0]}, {runs[1]}" in card
+        assert f"Trained on: {shards / 'train-0.tar'} (x1), {shards / 'train-1.tar'} (x1)\n" in card
+        assert "shifted by 0.5 times the training pairs' means" in card
+
+
 def test_a_record_is_that_of_the_model_beside_it(
     make_run: MakeRun, validation: list[str], tmp_path: Path, all_better: list[Any]
 ) -> None:
     runs, out = [make_run("a"), make_run("b")], tmp_path / "soup"
     greedy_soup(runs, out, validation)
-    shutil.copy(out / "soup.json", runs[0])
+    (out / "soup.json").rename(tmp_path / "soup.json")
+    release(out, tmp_path / "released", validation)  # an older soup, without a record
+    assert "average of" not in (tmp_path / "released" / "MODEL_CARD.md").read_text().partition("Clips")[0]
+    shutil.copy(tmp_path / "soup.json", runs[0])
     assert read_record(runs[0]) is None
     (runs[0] / "soup.json").write_text(json.dumps({"fingerprint": 1}))
     with pytest.raises(ConfigError, match=r"soup\.json"):
