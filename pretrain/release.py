@@ -43,9 +43,9 @@ def release(run: Path, out: Path, validation: Sequence[str], notes: str = "", ce
     if not 0 <= centering <= 1:
         raise ConfigError(f"--centering {centering:g} is no share of the means; give one between 0 and 1.")
     _refuse_other_content(out)
+    encoder, tokenizer, _ = read_model(model_directory(str(run)))
     config, record = read_config(run / "config.yaml"), read_record(run)
     trained_on = record.sources if record else config.data.train
-    encoder, tokenizer, _ = read_model(model_directory(str(run)))
     test_sets = {source: read_evaluation_set(source) for source in validation}
     sources = [open_source(source) for source in {source.path: source for source in trained_on}.values()]
     with _replaced_at_the_end(out) as scratch:

@@ -132,9 +132,7 @@ def test_damaged_and_foreign_directories_are_refused_with_a_sentence(tiny_model_
     with pytest.raises(ModelError, match="another architecture"):
         load_model(str(foreign))
 
-    with pytest.raises(
-        ModelError, match="is a visual tokenizer, not a model of two towers; name the model's"
-    ):
+    with pytest.raises(ModelError, match="is a visual tokenizer, not a model of two towers; name the model's"):
         load_model(str(EMBEDDED_VISUAL_TOKENIZER))
 
     newer = _copy(tiny_model_dir, tmp_path / "newer")
