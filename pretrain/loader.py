@@ -184,7 +184,7 @@ def steps_per_epoch(lengths: Sequence[int], weights: Sequence[float], batch_size
     samples = sum(round(length * weight) for length, weight in zip(lengths, weights))
     if samples < batch_size:
         raise SourceError(
-            f"An epoch has {samples} samples, fewer than a batch of {batch_size}; lower training.batch_size."
+            f"The samples of an epoch, {samples}, are fewer than a batch of {batch_size}; lower training.batch_size."
         )
     return samples // batch_size
 

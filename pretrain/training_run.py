@@ -84,10 +84,8 @@ class TrainingRun(ABC, Generic[Config, Step]):
     def __init__(self, config: Config, ranks: Ranks, parts: int = 1) -> None:
         training = config.training
         if training.batch_size % (ranks.count * parts):
-            raise ConfigError(
-                f"training.batch_size {training.batch_size} does not divide among {ranks.count} ranks"
-                + (f" in {parts} parts." if parts > 1 else ".")
-            )
+            shares = [f"among {ranks.count} ranks"] * (ranks.count > 1) + [f"into {parts} parts"] * (parts > 1)
+            raise ConfigError(f"training.batch_size {training.batch_size} does not divide {' and '.join(shares)}.")
         self.config: Config = config
         self.ranks, self.device = ranks, ranks.device
         self.directory = Path(training.output)

@@ -64,7 +64,7 @@ def test_a_loader_that_starts_at_a_step_goes_on_as_one_that_came_there() -> None
 
 
 def test_an_epoch_smaller_than_a_batch_is_refused() -> None:
-    with pytest.raises(SourceError, match=r"5 samples, fewer than a batch of 6; lower training\.batch_size"):
+    with pytest.raises(SourceError, match=r"epoch, 5, are fewer than a batch of 6; lower training\.batch_size"):
         steps_per_epoch([10], [0.5], 6)
 
 

@@ -324,7 +324,7 @@ def test_weights_that_are_no_numbers_are_not_saved(make_config: MakeConfig) -> N
 
 
 def test_settings_that_do_not_fit_are_refused(make_config: MakeConfig, every_level: dict) -> None:
-    with pytest.raises(ConfigError, match="does not divide among 1 ranks in 3 parts"):
+    with pytest.raises(ConfigError, match="does not divide into 3 parts"):
         pretrain(make_config(training={"accumulation": 3}))
     with pytest.raises(ValueError, match="without negatives there is nothing to learn"):
         make_config(objective={"contrastive": {"queue_size": 0}})
