@@ -311,7 +311,9 @@ def run_training(kind: type[TrainingRun[Config, Any]], config: Config) -> Path:
         except BaseException as error:
             run.telemetry.close()
             if ranks.first:
-                with suppress(OSError, TrainingError):  # that ended the run already, or ended it before its first row
+                # torchrun ends what is left of a run in which a rank failed, and what this one says is yet to come;
+                # no report can be written on a disk that is full, nor of a run that ended before its first row
+                with StopRequest(ranks), suppress(OSError, TrainingError):
                     write_report([run.directory])
             if isinstance(error, RuntimeError) and ranks.count > 1 and lost_another_rank(error):
                 raise TrainingError(
