@@ -171,7 +171,10 @@ def test_a_step_taken_again_after_a_stop_counts_once_and_a_broken_row_not_at_all
 
 def test_a_run_that_has_only_begun_has_a_page_too(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text("")
-    _outline(write_report([tmp_path]))
+    page = write_report([tmp_path])
+    _outline(page)
+    assert "<h1>" in page.read_text(encoding="utf-8")
+    assert "<svg" not in page.read_text(encoding="utf-8")
 
 
 def test_a_name_from_outside_is_text_and_not_markup(tmp_path: Path) -> None:
