@@ -4,8 +4,8 @@
 
 A greedy soup (Wortsman et al. 2022, algorithm 1): from the run that is best on validation pairs on, each next one is
 added to the average if that does not become worse. The runs must have begun from the same weights, projections to the
-sphere included (`start.model`, see --start), or their average means nothing. soup.json and the model's card say what
-was averaged, and what that was trained on.
+sphere included (`start.model`, see --start), or their average means nothing: runs whose settings say otherwise are
+named. soup.json and the model's card say what was averaged, and what that was trained on.
 
     python -m pretrain.soup --start CONFIG --out runs/start      # the first weights of a configuration, as a model
 """
@@ -13,6 +13,7 @@ was averaged, and what that was trained on.
 import argparse
 import copy
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,8 +37,10 @@ from pretrain.start import starting_encoder, starting_tokenizer
 from pretrain.validation import Metrics, Validation, criterion
 
 RECORD = "soup.json"
+_FAR_APART = "the average of models from different starts is usually worse than each (give them one start.model)."
 _RUN = ("config.yaml", "log.jsonl", "checkpoints", "best", RECORD)
 _ONLY_IN_TRAINING = ("drop_path", "dropout", "freeze_norms")  # they leave no trace in what a model computes
+log = logging.getLogger("cots")
 
 
 class SoupRecord(Settings):
@@ -93,6 +96,7 @@ def greedy_soup(runs: Sequence[Path], out: Path, validation: Sequence[str]) -> d
     _refuse_written(out)
     encoders, tokenizer = _read_encoders(runs)
     trainings = [_trainings(run) for run in runs]
+    _name_other_starts(runs)
     image = encoders[0].config.image_tower
     transform = SquareTransform(image.image_size, image.resize)
     sources = [SourceConfig(path=path) for path in validation]
@@ -148,6 +152,22 @@ def _refuse_other_model(run: Path, model: SavedModel, first_run: Path, first: Sa
         raise ModelError(
             f"{run} has another tokenizer than {first_run}; only runs with the same word pieces can be averaged."
         )
+
+
+def _name_other_starts(runs: Sequence[Path]) -> None:
+    """Warn of runs that, by their settings, did not begin with the weights of the first one."""
+    first = read_config(runs[0] / "config.yaml")
+    for run in runs[1:]:
+        config = read_config(run / "config.yaml")
+        if config.start != first.start:
+            log.warning("%s began with %s, %s with %s; %s", run, _start(config), runs[0], _start(first), _FAR_APART)
+        elif not config.start.model and config.training.seed != first.training.seed:
+            log.warning("%s and %s drew what they began with from different seeds; %s", run, runs[0], _FAR_APART)
+
+
+def _start(config: PretrainConfig) -> str:
+    named = config.start.model_dump(exclude_none=True)
+    return ", ".join(f"start.{name}={value}" for name, value in named.items()) or "random weights"
 
 
 def _leaves(settings: Mapping[str, Any], parent: str) -> Iterator[tuple[str, Any]]:

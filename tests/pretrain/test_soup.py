@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -184,3 +185,41 @@ def test_the_saved_settings_are_the_best_runs(
     saved = [yaml.safe_load(file.read_text()) for file in (out / "best" / "config.json", out / "config.yaml")]
     assert [one["model"]["text_tower"]["dropout"] for one in saved] == [(0.1, 0.3)[best]] * 2
     assert load_model(str(out)).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("settings", "warning"),
+    [
+        ({}, None),
+        ({"training": {"seed": 8}}, "different seeds"),
+        ({"start": {"text_tower": "bert"}}, "began with start.text_tower=bert, .* with random weights"),
+        ({"start": {"model": "runs/start"}, "training": {"seed": 8}}, "began with start.model=runs/start"),
+    ],
+)
+def test_runs_from_different_starts_are_named(
+    make_run: MakeRun,
+    validation: list[str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    settings: dict[str, dict[str, Any]],
+    warning: str | None,
+) -> None:
+    runs = [make_run("a"), make_run("b")]
+    values = yaml.safe_load((runs[1] / "config.yaml").read_text())
+    for section, changed in settings.items():
+        values[section] |= changed
+    (runs[1] / "config.yaml").write_text(yaml.safe_dump(values))
+    greedy_soup(runs, tmp_path / "soup", validation)
+    assert re.search(warning, caplog.text) if warning else not caplog.text
+
+
+def test_one_start_may_be_trained_on_with_other_seeds(
+    make_run: MakeRun, validation: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = [make_run("a"), make_run("b")]
+    for seed, run in enumerate(runs):
+        values = yaml.safe_load((run / "config.yaml").read_text())
+        values["start"]["model"], values["training"]["seed"] = "runs/start", seed
+        (run / "config.yaml").write_text(yaml.safe_dump(values))
+    greedy_soup(runs, tmp_path / "soup", validation)
+    assert not caplog.text
