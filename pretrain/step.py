@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cots.config import PretrainConfig
 from cots.data.masking import HiddenWords, hide_patches, hide_words
+from cots.data.sample_draws import SampleDraws
 from cots.data.transforms import ColorJitter
 from cots.model.caption_tokenizer import CaptionTokenizer
 from cots.model.dual_encoder import DualEncoder
@@ -89,6 +90,7 @@ class TrainingStep:
         self.working = WorkingCopy(network, dtype)
         self.momentum_working = WorkingCopy(self.momentum.network, dtype)
         self.jitter = ColorJitter(config.data.augmentation.color)
+        self.draws = SampleDraws(training.seed, self.device, ranks.rank, ranks.count)
         if training.activation_checkpointing:
             self.working.network.encoder.set_activation_checkpointing(True)
         if training.compile:
@@ -108,6 +110,7 @@ class TrainingStep:
         """Train on one batch; returns values for the log, still on the device."""
         config = self.config
         set_rates(self.optimizer, rate_factor(step, steps, config.optimizer))
+        self.draws.begin(step)
         pixels = self.augment(batch.pixels)
         patches, words = self.hide(pixels, batch.token_ids, batch.visual_tokens)
         if config.training.accumulation == 1:
@@ -179,8 +182,8 @@ class TrainingStep:
         if frames > 1:
             shape = pixels.shape
             tall = pixels.transpose(1, 2).reshape(shape[0], 3, frames * shape[3], shape[4])
-            return self.jitter(tall).view(shape[0], 3, frames, *shape[3:]).transpose(1, 2).contiguous()
-        return self.jitter(pixels).contiguous(memory_format=torch.channels_last)
+            return self.jitter(tall, self.draws).view(shape[0], 3, frames, *shape[3:]).transpose(1, 2).contiguous()
+        return self.jitter(pixels, self.draws).contiguous(memory_format=torch.channels_last)
 
     def hide(
         self, pixels: Tensor, token_ids: Tensor, stored: Tensor | None = None
@@ -195,7 +198,7 @@ class TrainingStep:
         words: HiddenWords | None = None
         if self.visual_tokenizer is not None:
             first = pixels if pixels.ndim == 4 else pixels[:, 0]
-            places = hide_patches(len(first), self.grid, masked.image_share, self.device)
+            places = hide_patches(len(first), self.grid, masked.image_share, self.draws)
             tokens = self.visual_tokenizer.tokens(first, self.grid) if stored is None else stored
             patches = HiddenPatches(places, tokens.gather(1, places), self.grid)
         if masked.text_weight:
@@ -207,6 +210,7 @@ class TrainingStep:
                 tokenizer.mask_id,
                 tokenizer.special_ids,
                 tokenizer.vocabulary,
+                self.draws,
             )
         return patches, words
 

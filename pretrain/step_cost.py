@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cots.data.sample_draws import SampleDraws
 from pretrain.flops import flops_per_pair
 from pretrain.loader import Batch
 
@@ -46,7 +47,7 @@ def step_flops(stepper: "TrainingStep", batch_size: int, frames: int = 1) -> flo
     size = data.image_size or model.image_tower.image_size
     meta = torch.device("meta")
     twin = copy.copy(stepper)
-    twin.device = meta
+    twin.device, twin.draws = meta, SampleDraws(0, meta)
     twin.objective = copy.deepcopy(stepper.objective).to(meta)
     twin.visual_tokenizer = copy.deepcopy(stepper.visual_tokenizer)
     if twin.visual_tokenizer is not None:

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cots.config import OptimizerConfig
 from cots.data.device_augmentation import DeviceAugmentation
+from cots.data.sample_draws import SampleDraws
 from cots.data.transforms import ColorJitter
 from cots.errors import ConfigError
 from cots.model.visual_tokenizer import VisualTokenizer, save_visual_tokenizer
@@ -82,6 +83,7 @@ class TokenizerRun(TrainingRun[VisualTokenizerTrainingConfig, Squares]):
         self.dtype = torch.bfloat16 if bf16 else None
         self.augment = DeviceAugmentation(self.side, config.data.augmentation)
         self.jitter = ColorJitter(config.data.augmentation.color)
+        self.draws = SampleDraws(training.seed, self.device, ranks.rank, ranks.count)
         self._begin()
 
     @property
@@ -112,7 +114,8 @@ class TokenizerRun(TrainingRun[VisualTokenizerTrainingConfig, Squares]):
         progress = self.step / self.steps
         set_rates(self.optimizer, rate_factor(self.step, self.steps, config.optimizer))
         may_flip = torch.ones(len(squares.pixels), dtype=torch.bool, device=self.device)
-        pixels = self.jitter(self.augment(squares.pixels, squares.draws, may_flip))
+        self.draws.begin(self.step)
+        pixels = self.jitter(self.augment(squares.pixels, squares.draws, may_flip), self.draws)
         if self.step == 0:
             self._place_codes(pixels)
         temperature = temperature_at(progress, objective)

@@ -2,12 +2,14 @@
 the draw, so that a compiled step is compiled once.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from cots.data.sample_draws import SampleDraws
 from cots.errors import ConfigError
 
 IGNORED = -100
@@ -27,7 +29,7 @@ def hidden_count(grid: int, share: float) -> int:
     return min(max(1, round(share * grid * grid)), grid * grid - 1)
 
 
-def hide_patches(count: int, grid: int, share: float, device: torch.device) -> Tensor:
+def hide_patches(count: int, grid: int, share: float, draws: SampleDraws) -> Tensor:
     """Blockwise masks (BEiT, Bao et al. 2022, algorithm 1), exactly `hidden_count` patches each.
 
     Rectangles of a sixth to a half of the hidden area, with aspects of 0.3 to 1 / 0.3, are laid one after another
@@ -37,19 +39,19 @@ def hide_patches(count: int, grid: int, share: float, device: torch.device) -> T
         (count, hidden_count) int64, ascending: row-major places of the hidden patches.
     """
     hidden = hidden_count(grid, share)
-    draws = torch.rand(4, count, _BLOCKS, device=device)
-    area = hidden * (1 / 6 + draws[0] / 3)
-    aspect = torch.exp((2 * draws[1] - 1) * torch.log(torch.tensor(1 / 0.3)))
+    size, shape, down, across = draws.uniform(count, 4, _BLOCKS).unbind(dim=1)
+    area = hidden * (1 / 6 + size / 3)
+    aspect = torch.exp((2 * shape - 1) * math.log(1 / 0.3))
     height = (area * aspect).sqrt().round().clamp(1, grid)
     width = (area / aspect).sqrt().round().clamp(1, grid)
-    top = (draws[2] * (grid - height + 1)).floor()
-    left = (draws[3] * (grid - width + 1)).floor()
-    place = torch.arange(grid, device=device)
+    top = (down * (grid - height + 1)).floor()
+    left = (across * (grid - width + 1)).floor()
+    place = torch.arange(grid, device=size.device)
     rows = (place >= top[..., None]) & (place < (top + height)[..., None])  # (count, blocks, grid)
     columns = (place >= left[..., None]) & (place < (left + width)[..., None])
     covered = rows[..., :, None] & columns[..., None, :]  # (count, blocks, grid, grid)
     first = torch.where(covered.any(dim=1), covered.int().argmax(dim=1), _BLOCKS).flatten(1)
-    order = first + torch.rand(count, grid * grid, device=device)  # patches of the first block, then of the second, ...
+    order = first + draws.uniform(count, grid * grid)  # patches of the first block, then of the second, ...
     return order.topk(hidden, dim=1, largest=False).indices.sort(dim=1).values
 
 
@@ -73,7 +75,12 @@ class HiddenWords:
 
 
 def hide_words(
-    token_ids: Tensor, share: float, mask_id: int, special_ids: Sequence[int], vocabulary: int
+    token_ids: Tensor,
+    share: float,
+    mask_id: int,
+    special_ids: Sequence[int],
+    vocabulary: int,
+    draws: SampleDraws,
 ) -> HiddenWords:
     """BERT's masking (Devlin et al. 2019, section 3.1): of the word pieces to be predicted, 80 % become [MASK], 10 %
     another word piece, 10 % stay. Every caption that has a word hides at least one.
@@ -84,17 +91,18 @@ def hide_words(
         mask_id: the word piece that stands for a hidden one.
         special_ids: word pieces that are never hidden ([PAD], [CLS], [SEP]).
         vocabulary: number of word pieces, from which the random ones are drawn.
+        draws: what is hidden of each caption.
     """
     device = token_ids.device
     words = ~torch.isin(token_ids, torch.tensor(list(special_ids), device=device))
     wanted = (words.sum(dim=1) * share).round().clamp_min(1)
     slots = max(1, round(token_ids.shape[1] * share))
-    priority = torch.rand(token_ids.shape, device=device).masked_fill(~words, 2.0)
+    priority = draws.uniform(*token_ids.shape).masked_fill(~words, 2.0)
     chosen = priority.topk(slots, dim=1, largest=False)
     valid = (torch.arange(slots, device=device) < wanted[:, None]) & (chosen.values < 2)
     targets = token_ids.gather(1, chosen.indices)
-    draw = torch.rand(targets.shape, device=device)
-    random_ids = torch.randint(vocabulary, targets.shape, device=device)
+    draw = draws.uniform(*targets.shape)
+    random_ids = draws.integers(vocabulary, *targets.shape)
     written = torch.where(draw < 0.8, mask_id, torch.where(draw < 0.9, random_ids, targets))
     written = torch.where(valid, written, targets)
     return HiddenWords(

@@ -12,6 +12,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from cots.config import AugmentationConfig
+from cots.data.sample_draws import SampleDraws
 
 _SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
@@ -71,13 +72,13 @@ class ColorJitter:
         self.strength = strength
         self._to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 
-    def __call__(self, pixels: Tensor) -> Tensor:
+    def __call__(self, pixels: Tensor, draws: SampleDraws) -> Tensor:
         if not self.strength:
             return pixels
         count, device = len(pixels), pixels.device
-        draws = (2 * torch.rand(4, count, device=device) - 1) * self.strength
-        brightness, contrast, saturation = 1 + draws[:3]
-        angle = draws[3] / 4 * 2 * torch.pi
+        change = (2 * draws.uniform(count, 4) - 1) * self.strength
+        brightness, contrast, saturation = (1 + change[:, :3]).unbind(dim=1)
+        angle = change[:, 3] / 4 * 2 * torch.pi
         turn = torch.zeros(count, 3, 3, device=device)
         turn[:, 0, 0] = 1
         turn[:, 1, 1] = turn[:, 2, 2] = saturation * angle.cos()

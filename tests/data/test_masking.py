@@ -2,14 +2,16 @@ import pytest
 import torch
 
 from cots.data.masking import IGNORED, hidden_count, hide_patches, hide_words, patch_mask
+from cots.data.sample_draws import SampleDraws
 from cots.errors import ConfigError
 
 PAD, CLS, SEP, MASK = 0, 101, 102, 103
+DRAWS = SampleDraws(0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("grid", "share", "expected"), [(14, 0.4, 78), (7, 0.4, 20), (2, 0.9, 3), (3, 0.01, 1)])
 def test_the_hidden_count_is_exact(grid: int, share: float, expected: int) -> None:
-    places = hide_patches(50, grid, share, torch.device("cpu"))
+    places = hide_patches(50, grid, share, DRAWS)
     assert hidden_count(grid, share) == expected
     assert places.shape == (50, expected)
     assert patch_mask(places, grid).sum(dim=1).tolist() == [expected] * 50
@@ -18,7 +20,7 @@ def test_the_hidden_count_is_exact(grid: int, share: float, expected: int) -> No
 
 def test_hidden_patches_form_blocks() -> None:
     """A hidden patch has far more hidden neighbours than the same number of patches drawn one by one would give."""
-    mask = patch_mask(hide_patches(400, 14, 0.4, torch.device("cpu")), 14).view(400, 14, 14)
+    mask = patch_mask(hide_patches(400, 14, 0.4, DRAWS), 14).view(400, 14, 14)
 
     def hidden_neighbours(mask: torch.Tensor) -> float:
         both = (mask[:, :, 1:] & mask[:, :, :-1]).sum() + (mask[:, 1:] & mask[:, :-1]).sum()
@@ -29,7 +31,7 @@ def test_hidden_patches_form_blocks() -> None:
 
 
 def test_every_patch_is_hidden_now_and_then() -> None:
-    often = patch_mask(hide_patches(3000, 7, 0.4, torch.device("cpu")), 7).float().mean(dim=0)
+    often = patch_mask(hide_patches(3000, 7, 0.4, DRAWS), 7).float().mean(dim=0)
     assert often.min() > 0.1  # the corners, as in BEiT, less often than the middle
     assert often.max() < 0.75
 
@@ -49,7 +51,7 @@ def _captions(lengths: list[int], length: int = 32) -> torch.Tensor:
 
 def test_words_are_hidden_as_bert_does() -> None:
     token_ids = _captions([20] * 4000)
-    hidden = hide_words(token_ids, 0.15, MASK, [PAD, CLS, SEP], 30_000)
+    hidden = hide_words(token_ids, 0.15, MASK, [PAD, CLS, SEP], 30_000, DRAWS)
     asked = hidden.targets != IGNORED
     assert asked.sum(dim=1).tolist() == [3] * 4000
     original = token_ids.gather(1, hidden.places)
@@ -63,7 +65,7 @@ def test_words_are_hidden_as_bert_does() -> None:
 
 
 def test_short_and_empty_captions() -> None:
-    hidden = hide_words(_captions([1, 2, 0, 30]), 0.15, MASK, [PAD, CLS, SEP], 30_000)
+    hidden = hide_words(_captions([1, 2, 0, 30]), 0.15, MASK, [PAD, CLS, SEP], 30_000, DRAWS)
     asked = (hidden.targets != IGNORED).sum(dim=1)
     assert asked.tolist() == [1, 1, 0, 4]  # 15 % of 30 is 4.5, rounded to the even 4
     assert not torch.isin(hidden.targets, torch.tensor([PAD, CLS, SEP])).any()

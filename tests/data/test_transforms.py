@@ -9,6 +9,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from cots.config import AugmentationConfig
+from cots.data.sample_draws import SampleDraws
 from cots.data.square_transform import SquareTransform
 from cots.data.transforms import ColorJitter, TrainingTransform
 
@@ -100,38 +101,35 @@ def test_words_are_dropped_but_never_all() -> None:
     assert _train(TrainingTransform(32, AugmentationConfig()), 0, " a  dog ")[1] == [" a  dog "]
 
 
-class _Draws:
-    """Stands for torch.rand: one of the four factors of `ColorJitter` moves, the others stay where they were."""
+class _OneFactor(SampleDraws):
+    """One of the four factors of `ColorJitter` moves, the others stay where they were."""
 
-    def __init__(self, row: int, draws: torch.Tensor) -> None:
-        self.row, self.draws = row, draws
+    def __init__(self, factor: int, draws: torch.Tensor) -> None:
+        super().__init__(0, torch.device("cpu"))
+        self.factor, self.draws = factor, draws
 
-    def __call__(self, rows: int, count: int, device: torch.device) -> torch.Tensor:
-        draws = torch.full((rows, count), 0.5)
-        draws[self.row] = self.draws
+    def uniform(self, samples: int, *shape: int) -> torch.Tensor:
+        draws = torch.full((samples, *shape), 0.5)
+        draws[:, self.factor] = self.draws
         return draws
 
 
 @pytest.mark.parametrize(
-    ("row", "twin", "tolerance"),
+    ("factor", "twin", "tolerance"),
     [(0, F.adjust_brightness, 1), (1, F.adjust_contrast, 2), (2, F.adjust_saturation, 2)],
 )
-def test_each_factor_alone_is_torchvisions(
-    row: int, twin: object, tolerance: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_factor_alone_is_torchvisions(factor: int, twin: object, tolerance: int) -> None:
     pixels = torch.randint(0, 256, (6, 3, 24, 24), dtype=torch.uint8)
     draws = torch.rand(6)
-    monkeypatch.setattr(torch, "rand", _Draws(row, draws))
-    ours = ColorJitter(0.8)(pixels)
+    ours = ColorJitter(0.8)(pixels, _OneFactor(factor, draws))
     for picture, jittered, draw in zip(pixels, ours, draws.tolist()):
         theirs = twin(picture, 1 + (2 * draw - 1) * 0.8)
         assert (jittered.int() - theirs.int()).abs().max() <= tolerance  # torchvision truncates and rounds its grey
 
 
-def test_hue_turns_colours_and_leaves_grey_and_luma(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "rand", _Draws(3, torch.tensor([1.0, 1.0])))
+def test_hue_turns_colours_and_leaves_grey_and_luma() -> None:
     pixels = torch.tensor([[120.0, 120, 120], [140, 110, 110]]).to(torch.uint8)[:, :, None, None].expand(2, 3, 4, 4)
-    grey, red = ColorJitter(1.0)(pixels).float()  # hue by a quarter turn
+    grey, red = ColorJitter(1.0)(pixels, _OneFactor(3, torch.tensor([1.0, 1.0]))).float()  # hue by a quarter turn
     assert (grey - 120).abs().max() <= 1
     assert abs(red[1, 0, 0] - red[2, 0, 0]) > 20
     luma = torch.tensor([0.299, 0.587, 0.114])
@@ -140,7 +138,8 @@ def test_hue_turns_colours_and_leaves_grey_and_luma(monkeypatch: pytest.MonkeyPa
 
 def test_jitter_of_no_strength_is_the_identity_and_any_stays_uint8() -> None:
     pixels = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
-    assert torch.equal(ColorJitter(0.0)(pixels), pixels)
-    jittered = ColorJitter(0.9)(pixels)
+    draws = SampleDraws(0, torch.device("cpu"))
+    assert torch.equal(ColorJitter(0.0)(pixels, draws), pixels)
+    jittered = ColorJitter(0.9)(pixels, draws)
     assert (jittered.dtype, jittered.shape) == (torch.uint8, pixels.shape)
     assert not torch.equal(jittered, pixels)

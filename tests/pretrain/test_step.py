@@ -260,17 +260,18 @@ def test_sigterm_to_torchrun_saves_what_can_be_gone_on_from(make_config: MakeCon
 
 
 def test_two_processes_with_every_level_take_the_steps_of_one(make_config: MakeConfig, every_level: dict) -> None:
-    """Queues, filter and losses are those of the global batch. What is hidden is drawn by each rank for itself, so the
-    token level is left out of the comparison."""
-    every_level["masked_modeling"] = {}
-    common = {"objective": every_level, "data": {"captions_per_item": 2}}
+    """Queues, filter and losses are those of the global batch, and so is what is augmented and hidden."""
+    augmentation = {"color": 0.4, "flip": 0.5, "crop_scale": [0.5, 1.0]}
+    common = {"objective": every_level, "data": {"captions_per_item": 2, "augmentation": augmentation}}
     one, two = make_config("one", **common), make_config("two", **common)
     pretrain(one)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([*command, *_command(two)[1:]], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
     first, second = _rows(Path(one.training.output)), _rows(Path(two.training.output))
-    for name in ("loss", "loss_alignment", "filter_kept", "temperature"):
-        assert [row[name] for row in second] == pytest.approx([row[name] for row in first], rel=1e-3, abs=1e-4)
+    names = {"loss", "loss_masked_image", "loss_masked_text", "masked_image_accuracy", "loss_alignment", "filter_kept"}
+    assert names <= set(first[0])
+    for name in [*names, "temperature", "gradient_norm"]:
+        assert [row[name] for row in second] == pytest.approx([row[name] for row in first], rel=1e-3, abs=1e-4), name
 
 
 def test_two_processes_train_the_token_level(make_config: MakeConfig, every_level: dict) -> None:
