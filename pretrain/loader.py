@@ -90,7 +90,8 @@ class TrainingPairs(Dataset[tuple[Any, ...]]):
         place, index = key
         bad: list[tuple[str, str]] = []
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed_of(self.seed, place))
+            # the CPU's alone: torch.manual_seed seeds every GPU too, whose generators are the model's
+            torch.default_generator.manual_seed(_seed_of(self.seed, place))
             for actual in substitutes(index, len(self)):
                 try:
                     return (*self._load(actual), actual, bad)
@@ -115,7 +116,7 @@ class TrainingPairs(Dataset[tuple[Any, ...]]):
         frames = pair.frames_at(((torch.arange(wanted) + torch.rand(wanted)) / wanted).tolist())
         seed, pixels = int(torch.randint(2**62, ())), []
         for frame in frames:  # every frame of a clip is cropped and mirrored alike
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             one, thinned = self.transform(frame, captions)
             pixels.append(one)
         return torch.stack(pixels), self.tokenizer(thinned, pad_to_max=True), item_id(pair, index)

@@ -11,10 +11,14 @@ import pytest
 import torch
 import yaml
 
-from cots.config import PretrainConfig
+from cots.config import AugmentationConfig, PretrainConfig, SourceConfig
+from cots.data.transforms import TrainingTransform
+from cots.model.caption_tokenizer import WordPieceTokenizer
 from cots.model.pretrained import load_model
 from cots.model.visual_tokenizer import VisualTokenizer, save_visual_tokenizer
 from cots.tokenizer_config import VisualTokenizerConfig, VisualTokenizerTrainingConfig
+from pretrain.loader import TrainingPairs
+from pretrain.pair_sources import open_source
 from pretrain.tokenizer_training import train_visual_tokenizer
 from pretrain.trainer import pretrain
 
@@ -122,6 +126,16 @@ def test_pixels_kept_on_the_gpu_train(make_config: MakeConfig) -> None:
     )
     losses = [row["loss"] for row in _rows(run)]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_reading_an_item_leaves_the_generator_of_dropout_alone(shards: Path, vocabulary_file: Path) -> None:
+    source = open_source(SourceConfig(path=str(shards / "train-0.tar")))
+    tokenizer = WordPieceTokenizer.from_file(vocabulary_file, 16)
+    pairs = TrainingPairs([source], tokenizer, TrainingTransform(32, AugmentationConfig()), 1, 1, seed=0)
+    before = torch.cuda.get_rng_state()
+    first = pairs[0, 0][0]
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert not torch.equal(pairs[1, 0][0], first)
 
 
 def test_a_resumed_run_takes_the_steps_of_one_that_was_never_stopped(

@@ -120,6 +120,18 @@ def test_loading_leaves_the_global_generator_alone(batches: Callable[..., list[B
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_loading_leaves_the_generators_of_gpus_alone(
+    batches: Callable[..., list[Batch]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout draws from them, and before CUDA is in use each seed that is put off for it takes its time."""
+
+    def seeded(seed: int) -> None:
+        raise AssertionError(f"every GPU was given the seed {seed}")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded)
+    assert len(batches()) == 7
+
+
 def test_a_bad_sample_is_named_and_another_stands_in(
     batches: Callable[..., list[Batch]], shape_shard: Callable[..., Path], tmp_path: Path
 ) -> None:
