@@ -30,7 +30,7 @@ def same_clips(pairs: ShardPairs, cached: ShardPairs) -> list[tuple[int, int]]:
     """(Index of a clip, index of its frames in the cache), of all clips that the cache holds."""
     found = []
     for place in range(len(cached)):
-        own = int(cached.index.keys[place].rpartition("/")[2].partition("_")[0])  # pretrain.frame_cache numbers them
+        own = int(cached.index.key(place).rpartition("/")[2].partition("_")[0])  # pretrain.frame_cache numbers them
         clip = pairs.read(own)
         assert list(clip.captions) == list(cached.read(place).captions), cached.name(place)
         if clip.is_clip:

@@ -15,7 +15,7 @@ from cots.config import SourceConfig
 from cots.data.image_io import open_image
 from cots.data.media_kind import HEADER_BYTES, MEDIA_EXTENSIONS, sniff
 from cots.data.samples import Sample, iter_samples
-from cots.data.shards import MEMBER_SEPARATOR, TarIndex, read_captions
+from cots.data.shards import TarIndex, read_captions
 from cots.data.tables import plain_fields
 from cots.errors import MediaError, SourceError
 
@@ -92,7 +92,7 @@ class ShardPairs:
         return len(self.index)
 
     def name(self, index: int) -> str:
-        return f"{self.index.shard(index)}{MEMBER_SEPARATOR}{self.index.keys[index]}"
+        return self.index.name(index)
 
     def read(self, index: int) -> Pair:
         parts = self.index.read(index)

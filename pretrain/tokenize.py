@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cots.data.image_io import open_image
 from cots.data.media_kind import HEADER_BYTES, MEDIA_EXTENSIONS, sniff
-from cots.data.shards import MEMBER_SEPARATOR, TarIndex
+from cots.data.shards import TarIndex
 from cots.data.square_transform import SquareTransform
 from cots.data.visual_tokens import MOST_CODES, pack_tokens, tokens_extension
 from cots.errors import MediaError, SourceError
@@ -103,7 +103,6 @@ def _with_tokens(
     done: Tokenized,
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """The pairs of a shard, key and contents, with the member of tokens last."""
-    keys = iter(index.keys)
     places = iter(range(len(index)))
     while batch := list(islice(places, _AT_ONCE)):
         pairs = [index.read(place) for place in batch]
@@ -117,8 +116,8 @@ def _with_tokens(
             elif square is None:
                 done.clips += 1
             else:
-                done.bad.append((f"{index.shard(place)}{MEMBER_SEPARATOR}{index.keys[place]}", square))
-            yield next(keys), parts
+                done.bad.append((index.name(place), square))
+            yield index.key(place), parts
 
 
 def _square(parts: dict[str, bytes], transform: SquareTransform) -> Tensor | str | None:

@@ -193,9 +193,9 @@ class TarIndex:
                     rows.append((codes.setdefault(extension, len(codes)), member.offset, member.size))
                 first.append(len(rows))
         self.extensions = list(codes)
-        self._keys = "\0".join(
-            keys
-        )  # one string, not a list of them: reference counts would unshare a list in forked workers
+        # one string, not a list of them: reference counts would unshare a list in forked workers
+        self._keys = "".join(keys)
+        self._key_ends = np.cumsum([0, *map(len, keys)])
         self._shard_of = np.concatenate(shard_of) if shard_of else np.empty(0, np.int32)
         self._first = np.array(first, np.int64)
         self._rows = np.array(rows, np.int64).reshape(-1, 3)
@@ -204,10 +204,14 @@ class TarIndex:
         """How many pairs there are."""
         return len(self._shard_of)
 
-    @property
-    def keys(self) -> list[str]:
-        """The pairs' names; unique within a shard, not between shards."""
-        return self._keys.split("\0") if len(self) else []
+    def key(self, i: int) -> str:
+        """The name of pair `i`; unique within a shard, not between shards."""
+        start, end = self._key_ends[i : i + 2].tolist()
+        return self._keys[start:end]
+
+    def name(self, i: int) -> str:
+        """What messages call pair `i`: "shard.tar::key"."""
+        return f"{self.shard(i)}{MEMBER_SEPARATOR}{self.key(i)}"
 
     def shard(self, i: int) -> str:
         """The path of the shard that pair `i` lies in."""

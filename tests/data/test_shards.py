@@ -70,7 +70,7 @@ def test_folders_links_and_hidden_members_are_left_out(tmp_path: Path) -> None:
 def test_random_access(tmp_path: Path) -> None:
     index = TarIndex([write_tar(tmp_path / "0.tar", pairs(7)), write_tar(tmp_path / "1.tar", pairs(5, start=7))])
     assert len(index) == 12
-    assert index.keys == [f"{i:04d}" for i in range(12)]
+    assert [index.key(i) for i in range(12)] == [f"{i:04d}" for i in range(12)]
     for i in np.random.default_rng().permutation(12).tolist():
         parts = index.read(i)
         assert parts["webp"] == b"picture %d" % i * (i + 1)
@@ -86,14 +86,22 @@ def test_random_access(tmp_path: Path) -> None:
 def test_members_of_a_pair_need_not_be_neighbours(tmp_path: Path) -> None:
     members = {"b.jpg": b"B", "a.jpg": b"A", "a.txt": b"a", "b.txt": b"b"}
     index = TarIndex([write_tar(tmp_path / "x.tar", members)])
-    assert index.keys == ["b", "a"]
+    assert [index.key(i) for i in range(2)] == ["b", "a"]
     assert index.read(0) == {"jpg": b"B", "txt": b"b"}
+
+
+def test_keys_of_any_length_and_script_are_told_apart(tmp_path: Path) -> None:
+    generator = np.random.default_rng()
+    keys = ["".join(generator.choice(list("aü漢😀/"), generator.integers(1, 30))) + f"/{i}" for i in range(200)]
+    path = write_tar(tmp_path / "x.tar", {f"{key}.jpg": b"" for key in keys}, tarfile.PAX_FORMAT)
+    index = TarIndex([path])
+    assert [index.key(i) for i in range(200)] == keys
+    assert index.name(77) == f"{path}::{keys[77]}"
 
 
 def test_no_shards() -> None:
     index = TarIndex([])
     assert len(index) == 0
-    assert index.keys == []
 
 
 def test_pickled_and_shared_between_threads_and_processes(tmp_path: Path) -> None:

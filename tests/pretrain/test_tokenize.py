@@ -37,7 +37,7 @@ def test_stored_tokens_are_those_computed_on_the_fly(
     done = tokenize_shards([shards / "val-0.tar"], tokenizer, tmp_path / "out", grid=3, image_size=image_size)
     assert (done.pictures, done.clips, done.bad) == (24, 0, [])
     before, after = TarIndex([shards / "val-0.tar"]), TarIndex([tmp_path / "out" / "val-0.tar"])
-    assert before.keys == after.keys
+    assert [after.key(place) for place in range(len(after))] == [before.key(place) for place in range(24)]
     transform = SquareTransform(image_size or 24)
     seen = set()
     for place in range(24):
