@@ -30,9 +30,8 @@ _SIDEWAYS = tuple(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
 # MAX_PIXELS is checked before every decode, so Pillow's own lower threshold would only print a line about pictures that
 # are wanted.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings(
-    "ignore", category=UserWarning, module=r"PIL\."
-)  # "Corrupt EXIF data": damage is reported by name
+# "Corrupt EXIF data": damage is reported by name
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 def open_image(
@@ -93,9 +92,8 @@ def open_sized(
                 return upright, ((height, width) if turn in _SIDEWAYS else (width, height))
         except MediaError:
             raise
-        except (
-            Exception
-        ) as error:  # Pillow's parsers raise almost anything on damaged input, from struct.error to KeyError
+        # Pillow's parsers raise almost anything on damaged input, from struct.error to KeyError
+        except Exception as error:
             raise MediaError(name, describe_damage(error, file)) from error
 
 
