@@ -65,7 +65,7 @@ class AugmentationConfig(Settings):
     grayscale: float = Field(0.0, ge=0, le=1)
     """Probability of a grey picture."""
     rand_augment: int = Field(0, ge=0, le=4)
-    """Operations of RandAugment (0: none); the random numbers of a picture suffice for four (`cache_side`)."""
+    """Number of RandAugment operations, at most 4 (0: none)."""
     rand_augment_magnitude: int = Field(7, ge=0, le=30)
     """Their strength, of 30 (Cubuk et al. 2020): at 30 a turn, say, is one of 30 degrees."""
     erase: float = Field(0.0, ge=0, le=1)
@@ -97,7 +97,9 @@ class DataConfig(Settings):
     frame."""
     cache_side: int | None = Field(None, ge=16)
     """Decode every picture once, squashed to a square of this side and kept in memory as uint8, and cut the crops on
-    the device: for collections of some ten thousand pictures, where decoding would be the bottleneck."""
+    the device: for collections of some ten thousand pictures, where decoding would be the bottleneck. Augmentation
+    then differs: RandAugment turns, shears and shifts only, crops are scaled without antialiasing, and `crop_ratio` is
+    a crop's aspect in the square, not in the picture."""
     augmentation: AugmentationConfig = AugmentationConfig()
     workers: int = Field(2, ge=0)
     """Decoding processes per rank; threads where pictures are decoded once (`cache_side`, validation)."""
@@ -115,7 +117,7 @@ class ContrastiveConfig(Settings):
     features; or their online features, through which gradients then flow. Online features are compared among
     themselves, apart from the queue's, and the two losses averaged (see cots/objectives/retrieval.py)."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Share of the target that all candidates have in common; the rest is the positive's alone."""
+    """Share of the target spread evenly over the negatives; the positive keeps the rest."""
 
     @model_validator(mode="after")
     def _has_negatives(self) -> "ContrastiveConfig":
