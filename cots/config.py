@@ -308,6 +308,11 @@ class PretrainConfig(Settings):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
 
+    @property
+    def crop_size(self) -> int:
+        """Side in pixels of the pictures that a training shows: `data.image_size`, by default the image tower's."""
+        return self.data.image_size or self.model.image_tower.image_size
+
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
     """Read a YAML training configuration and put `key.key=value` overrides (values in YAML syntax) on top.

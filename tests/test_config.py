@@ -196,3 +196,9 @@ def test_a_tilde_at_the_beginning_is_the_home_directory(file: Path, monkeypatch:
     assert config.model.text_tower.tokenizer == "/home/someone/vocab.txt"
     assert config.training.output == "/home/someone"
     assert config.start.model is None  # YAML's null
+
+
+def test_crops_have_the_size_of_the_tower_unless_another_is_given(file: Path) -> None:
+    text = "model: {image_tower: {image_size: 224}}"
+    assert _config(file, text).crop_size == 224
+    assert _config(file, text, "data.image_size=192").crop_size == 192
