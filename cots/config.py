@@ -285,11 +285,11 @@ class TrainingConfig(Settings):
     checkpoint_steps: int = Field(0, ge=0)
     """Steps between two further checkpoints; 0: none."""
     keep_checkpoints: int = Field(2, ge=1)
-    """The last so many checkpoints stay in the output directory."""
+    """How many recent checkpoints are kept in the output directory."""
     averaging: float = Field(0.0, ge=0, lt=1)
     """Decay per step of a slow average of the weights that is validated and saved in place of them; 0: none. It begins
-    as the weights that the training starts from, and these still count in runs of fewer than 3 / (1 - averaging) steps.
-    """
+    as the weights that the training starts from, which still carry weight in runs of fewer than 3 / (1 - averaging)
+    steps."""
     averaging_start: float = Field(0.0, ge=0, lt=1)
     """Share of the steps after which that average begins."""
     weights_dtype: Literal["float32", "float16", "int8"] = "float32"

@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from cots.config import PretrainConfig, SourceConfig
-from cots.errors import CotsError, TrainingError
+from cots.errors import ConfigError, CotsError, TrainingError
 from cots.model.caption_tokenizer import CaptionTokenizer
 from cots.model.visual_tokenizer import load_visual_tokenizer
-from pretrain.checkpoint import latest_checkpoint
+from pretrain.checkpoint import checkpoint_to_resume
 from pretrain.loader import steps_per_epoch
 from pretrain.pair_sources import open_source
 from pretrain.source_check import TINY, ItemFacts, Leak, SourceFacts, find_leaks, look_at
@@ -64,10 +64,10 @@ def examine(config: PretrainConfig) -> CheckReport:
     """Everything that `check` prints."""
     report = CheckReport()
     output = Path(config.training.output)
-    if latest_checkpoint(output) is not None and not config.training.resume:
-        report.problems.append(
-            f"{output} holds a run already; go on with training.resume=true or choose another training.output."
-        )
+    try:
+        checkpoint_to_resume(output, config.training.resume)
+    except ConfigError as error:
+        report.problems.append(str(error))
     tokenizer = _uncut_tokenizer(config, report)
     _look_for_visual_tokenizer(config, report)
     _look_at_sources(config, tokenizer, report)

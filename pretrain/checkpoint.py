@@ -67,7 +67,7 @@ def save_checkpoint(run: Path, state: dict[str, Any], step: int, keep: int) -> P
         before = latest_checkpoint(run)
         left = "and there is no earlier one" if before is None else f"{before} is intact"
         raise TrainingError(
-            f"The checkpoint {path} cannot be written ({_reason(error)}), {left}; make room and go on with "
+            f"The checkpoint {path} cannot be written ({_reason(error)}), {left}; make room and resume with "
             "training.resume=true."
         ) from error
     killed = directory.glob("step-*.tmp")  # what a run was writing when it was
@@ -109,6 +109,20 @@ def latest_checkpoint(run: Path) -> Path | None:
     return max((run / "checkpoints").glob(_PATTERN), default=None)
 
 
+def checkpoint_to_resume(run: Path, resume: bool) -> Path | None:
+    """The checkpoint that a training into `run` goes on from; None if it begins.
+
+    Raises:
+        ConfigError: there is one, and the training is not to `resume`.
+    """
+    path = latest_checkpoint(run)
+    if path is not None and not resume:
+        raise ConfigError(
+            f"{run} holds a run already; resume with training.resume=true or choose another training.output."
+        )
+    return path
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
@@ -133,7 +147,7 @@ def refuse_other_training(path: Path, before: dict[str, Any], now: dict[str, Any
         free: the settings of each section that may.
 
     Raises:
-        ConfigError: a setting that the weights, averages or the order of the samples hang on is another one.
+        ConfigError: a setting that affects the weights, the averages or the order of samples is another one.
     """
     if before.keys() != now.keys():
         raise ConfigError(f"{path} is of another kind of training; start a new training.output.")

@@ -56,8 +56,8 @@ QUANTITIES: dict[str, dict[str, Quantity]] = {  # by section and name in the log
         "filter_kept": Quantity("Pairs kept by the filter", "%", factor=100, top=100.0),
         "filter_threshold": Quantity("Filter threshold", "cosine", from_zero=False),
         "direction_agreement": Quantity("Agreement of the directions", "%", factor=100),
-        "masked_image_accuracy": Quantity("Hidden patches told", "%", factor=100),
-        "masked_text_accuracy": Quantity("Hidden words told", "%", factor=100),
+        "masked_image_accuracy": Quantity("Masked-patch accuracy", "%", factor=100),
+        "masked_text_accuracy": Quantity("Masked-word accuracy", "%", factor=100),
     },
     "Speed": {
         "pairs_per_second_per_gpu": Quantity("Pairs per second", "per device"),

@@ -1,4 +1,4 @@
-"""What a run says of itself: a progress bar or lines on stderr, rows in log.jsonl, run.json, TensorBoard, wandb.
+"""What a run reports: a progress bar or lines on stderr, rows in log.jsonl, run.json, TensorBoard, wandb.
 
 log.jsonl holds one JSON object a line. A training row has `step`, `epoch`, `seconds` (of training since the row
 before), every scalar of the objective by its name, `gradient_norm`, `learning_rate`, `pairs_per_second` (of all

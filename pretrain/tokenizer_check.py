@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 
 from cots.data.device_augmentation import DRAWS
-from cots.errors import CotsError, TrainingError
+from cots.errors import ConfigError, CotsError, TrainingError
 from cots.tokenizer_config import VisualTokenizerTrainingConfig
-from pretrain.checkpoint import latest_checkpoint
+from pretrain.checkpoint import checkpoint_to_resume
 from pretrain.distributed import process_group
 from pretrain.loader import steps_per_epoch
 from pretrain.pair_sources import open_source
@@ -34,8 +34,10 @@ def check_tokenizer_training(config: VisualTokenizerTrainingConfig) -> None:
     """
     console = Console(highlight=False, soft_wrap=True)
     problems: list[str] = []
-    if latest_checkpoint(Path(config.training.output)) is not None and not config.training.resume:
-        problems.append(f"{config.training.output} holds a run already; set training.resume=true or another output.")
+    try:
+        checkpoint_to_resume(Path(config.training.output), config.training.resume)
+    except ConfigError as error:
+        problems.append(str(error))
     sources = _look_at_sources(config, problems)
     for source in sources:
         console.print(f"{source.role} {source.path}: {len(source.source):,} items, {len(source.facts):,} decoded")

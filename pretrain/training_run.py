@@ -17,7 +17,7 @@ from cots.config import PretrainConfig
 from cots.errors import ConfigError, TrainingError
 from cots.tokenizer_config import VisualTokenizerTrainingConfig
 from pretrain.checkpoint import (
-    latest_checkpoint,
+    checkpoint_to_resume,
     random_state,
     read_checkpoint,
     refuse_other_items,
@@ -34,7 +34,7 @@ from pretrain.report import write_report
 from pretrain.telemetry import Telemetry, no_number
 from pretrain.unusable import name_left_out, too_many
 
-# what neither the weights nor the order of the samples hang on
+# settings that affect neither weights nor the order of samples, and so may change on resuming
 _FREE_ON_RESUMING: dict[str, set[str]] = {
     "start": {"image_tower", "text_tower", "model"},
     "data": {"workers", "validation", "max_bad_share"},
@@ -84,17 +84,12 @@ class TrainingRun(ABC, Generic[Config, Step]):
     def __init__(self, config: Config, ranks: Ranks, parts: int = 1) -> None:
         training = config.training
         if training.batch_size % (ranks.count * parts):
-            shares = [f"among {ranks.count} ranks"] * (ranks.count > 1) + [f"into {parts} parts"] * (parts > 1)
-            raise ConfigError(f"training.batch_size {training.batch_size} does not divide {' and '.join(shares)}.")
+            factors = [f"{ranks.count} ranks"] * (ranks.count > 1) + [f"{parts} accumulation parts"] * (parts > 1)
+            raise ConfigError(f"training.batch_size {training.batch_size} is not divisible by {' x '.join(factors)}.")
         self.config: Config = config
         self.ranks, self.device = ranks, ranks.device
         self.directory = Path(training.output)
-        self.checkpoint = latest_checkpoint(self.directory)
-        if self.checkpoint is not None and not training.resume:
-            raise ConfigError(
-                f"{self.directory} holds a run already; go on with training.resume=true or choose another "
-                "training.output."
-            )
+        self.checkpoint = checkpoint_to_resume(self.directory, training.resume)
         self.step = self.samples_read = self.samples_bad = 0
         self.best: dict[str, Any] = {"criterion": self.worst, "step": -1}
         self.items_since_log: list[list[int]] = []
@@ -184,12 +179,12 @@ class TrainingRun(ABC, Generic[Config, Step]):
         if self._ranks_before != self.ranks.count:
             processes = "1 process" if self.ranks.count == 1 else f"{self.ranks.count} processes"
             self.telemetry.say(
-                f"The run goes on in {processes} in place of {self._ranks_before}: the samples are those that were to "
-                "come; what each process draws for itself, such as dropout, is drawn anew."
+                f"Resuming with {processes} instead of {self._ranks_before}: the order of samples is unchanged; what "
+                "each process draws for itself, such as dropout, is drawn anew."
             )
         name_left_out(self.sources, self.config.data.max_bad_share, self.telemetry.say)
         if training.resume and self.step == 0:
-            self.telemetry.say(f"{self.directory} holds no checkpoint to go on from; this run begins with step 1.")
+            self.telemetry.say(f"{self.directory} holds no checkpoint to resume from; this run begins with step 1.")
         with StopRequest(self.ranks) as stop:
             steps = self._samples()
             self.trained.train()
@@ -216,7 +211,7 @@ class TrainingRun(ABC, Generic[Config, Step]):
                 if saving:
                     self._save()
                 if stopping and not last:
-                    self.telemetry.say(f"Stopped at step {self.step}; go on with training.resume=true.")
+                    self.telemetry.say(f"Stopped at step {self.step}; resume with training.resume=true.")
                     return
         self.telemetry.say(f"Done: {self.steps} steps; {self._outcome()}.")
 
@@ -318,7 +313,7 @@ def run_training(kind: type[TrainingRun[Config, Any]], config: Config) -> Path:
             if isinstance(error, RuntimeError) and ranks.count > 1 and lost_another_rank(error):
                 raise TrainingError(
                     f"Process {ranks.rank} of the run lost touch with another one, which has ended or cannot be "
-                    "reached; if it said why, that stands beside this. Go on with training.resume=true."
+                    "reached; if it said why, that stands beside this. Resume with training.resume=true."
                 ) from error
             raise
         run.telemetry.close()

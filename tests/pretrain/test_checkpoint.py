@@ -6,8 +6,9 @@ from typing import BinaryIO
 import pytest
 import torch
 
-from cots.errors import TrainingError
+from cots.errors import ConfigError, TrainingError
 from pretrain.checkpoint import (
+    checkpoint_to_resume,
     latest_checkpoint,
     random_state,
     read_checkpoint,
@@ -30,6 +31,14 @@ def test_the_last_few_are_kept_and_the_newest_is_found(tmp_path: Path) -> None:
     assert read_checkpoint(newest) == {"step": 1000}
 
 
+def test_a_run_is_resumed_only_when_it_is_asked_for(tmp_path: Path) -> None:
+    assert checkpoint_to_resume(tmp_path, resume=False) is None
+    path = save_checkpoint(tmp_path, {"step": 1}, 1, keep=2)
+    assert checkpoint_to_resume(tmp_path, resume=True) == path
+    with pytest.raises(ConfigError, match=r"holds a run already; resume with training\.resume=true or choose another"):
+        checkpoint_to_resume(tmp_path, resume=False)
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, {"weights": torch.randn(1000)}, 1, keep=1)
     content = path.read_bytes()
@@ -49,7 +58,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(tmp_path: P
         with pytest.raises(
             TrainingError,
             match=r"step-00000002\.pt cannot be written \(No space left on device\), .*step-00000001\.pt is intact; "
-            r"make room and go on with training\.resume=true",
+            r"make room and resume with training\.resume=true",
         ):
             save_checkpoint(tmp_path, state, 2, keep=1)
     newest = latest_checkpoint(tmp_path)

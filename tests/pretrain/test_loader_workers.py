@@ -225,7 +225,7 @@ def test_workers_end_with_their_trainer(
         assert "Traceback" not in text
     assert text.count("training\n") == 1
     if number == signal.SIGTERM:
-        assert "go on with training.resume=true" in text
+        assert "resume with training.resume=true" in text
         assert list(Path(config.training.output).glob("checkpoints/*.pt"))
 
 

@@ -118,8 +118,8 @@ def test_another_number_of_processes_goes_on_from_a_checkpoint(
         (run / "checkpoints" / "step-00000012.pt").unlink()
     capsys.readouterr()
     pretrain(config("fewer", resume=True))
-    assert "The run goes on in 1 process in place of 2: the samples are" in capsys.readouterr().err
-    assert "The run goes on in 2 processes in place of 1: the samples are" in _train(config("more", resume=True))
+    assert "Resuming with 1 process instead of 2: the order of samples is" in capsys.readouterr().err
+    assert "Resuming with 2 processes instead of 1: the order of samples is" in _train(config("more", resume=True))
     for run in (fewer, more):
         assert first_steps(run)[1] == 6
         later = _rows(run)[-6:]

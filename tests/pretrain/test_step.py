@@ -255,7 +255,7 @@ def test_sigterm_to_torchrun_saves_what_can_be_gone_on_from(make_config: MakeCon
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=60)
     last = max(_losses(run))
-    assert f"Stopped at step {last}; go on with training.resume=true" in (tmp_path / "said.txt").read_text()
+    assert f"Stopped at step {last}; resume with training.resume=true" in (tmp_path / "said.txt").read_text()
     assert torch.load(run / "checkpoints" / f"step-{last:08d}.pt")["step"] == last
 
 
@@ -325,7 +325,7 @@ def test_weights_that_are_no_numbers_are_not_saved(make_config: MakeConfig) -> N
 
 
 def test_settings_that_do_not_fit_are_refused(make_config: MakeConfig, every_level: dict) -> None:
-    with pytest.raises(ConfigError, match="does not divide into 3 parts"):
+    with pytest.raises(ConfigError, match="is not divisible by 3 accumulation parts"):
         pretrain(make_config(training={"accumulation": 3}))
     with pytest.raises(ValueError, match="without negatives there is nothing to learn"):
         make_config(objective={"contrastive": {"queue_size": 0}})

@@ -155,7 +155,7 @@ def test_sigterm_saves_and_ends_well_and_ctrl_c_in_one_line(make_tokenizer_confi
         assert process.returncode == code
         assert "Traceback" not in said
         if number == signal.SIGTERM:
-            assert "go on with training.resume=true" in said
+            assert "resume with training.resume=true" in said
             assert list((run / "checkpoints").glob("step-*.pt"))
         else:
             assert said.endswith("Interrupted.\n")

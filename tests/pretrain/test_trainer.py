@@ -225,7 +225,7 @@ def test_a_run_without_a_checkpoint_is_resumed_from_nothing(
     make_config: MakeConfig, capsys: pytest.CaptureFixture
 ) -> None:
     run = pretrain(make_config(training={"resume": True, "epochs": 1}))
-    assert "holds no checkpoint to go on from; this run begins with step 1" in capsys.readouterr().err
+    assert "holds no checkpoint to resume from; this run begins with step 1" in capsys.readouterr().err
     assert _rows(run)[0]["step"] == 1
 
 

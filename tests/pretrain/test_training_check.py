@@ -229,7 +229,7 @@ def test_a_run_that_is_there_already_is_not_overwritten(make_config: MakeConfig,
     checkpoints = Path(config.training.output) / "checkpoints"
     checkpoints.mkdir(parents=True)
     (checkpoints / "step-00000004.pt").write_bytes(b"")
-    assert "holds a run already" in _found(config)
+    assert "holds a run already; resume with training.resume=true" in _found(config)
 
 
 def test_settings_that_do_not_fit_each_other_fail_in_the_step(make_config: MakeConfig) -> None:
