@@ -31,8 +31,8 @@ class DeviceAugmentation:
     def __init__(self, size: int, config: AugmentationConfig) -> None:
         if config.drop_words:
             raise ConfigError(
-                "data.augmentation.drop_words needs the captions' text, which data.cache_side does away with; "
-                "set one of them to nothing."
+                "data.augmentation.drop_words needs the captions' text, which data.cache_side does not keep; set "
+                "data.augmentation.drop_words=0 or data.cache_side=null."
             )
         self.size = size
         self.config = config
@@ -49,7 +49,8 @@ class DeviceAugmentation:
         pixels = F.grid_sample(squares.float() - _GREY, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
         pixels = (pixels + _GREY).round().clamp(0, 255).to(torch.uint8)
         if self.config.grayscale:
-            grey = (pixels.float() * pixels.new_tensor([0.299, 0.587, 0.114], dtype=torch.float32).view(3, 1, 1)).sum(1)
+            red, green, blue = pixels.float().unbind(1)
+            grey = 0.299 * red + 0.587 * green + 0.114 * blue  # a tensor of weights would be copied, and waited for
             chosen = (draws[:, 5] < self.config.grayscale).view(-1, 1, 1, 1)
             pixels = torch.where(chosen, grey.round().to(torch.uint8)[:, None], pixels)
         return self._erase(pixels, draws) if self.config.erase else pixels

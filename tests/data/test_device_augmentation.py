@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torchvision.transforms import InterpolationMode
@@ -56,6 +57,17 @@ def test_what_a_picture_becomes_depends_on_its_own_draws_alone() -> None:
     assert not torch.equal(together, _augment(config, squares, torch.rand(8, DRAWS)))
 
 
+def test_grey_pictures_have_the_luma_of_their_colours() -> None:
+    squares, draws = torch.randint(256, (40, 3, 48, 48), dtype=torch.uint8), torch.rand(40, DRAWS)
+    changed = _augment({"grayscale": 0.5}, squares, draws)
+    for square, ours in zip(squares, changed):
+        luma = np.tensordot([0.299, 0.587, 0.114], square.numpy(), 1)
+        expected = torch.from_numpy(luma).expand(3, 48, 48)
+        assert torch.equal(ours, square) or (ours - expected).abs().max() < 0.5001
+    grey = [torch.equal(ours[0], ours[1]) for ours in changed]
+    assert grey == (draws[:, 5] < 0.5).tolist()
+
+
 def test_erasing_hides_one_grey_rectangle() -> None:
     squares = torch.full((200, 3, 48, 48), 200, dtype=torch.uint8)
     erased = (_augment({"erase": 0.5}, squares, torch.rand(200, DRAWS)) == 128).all(dim=1)
@@ -68,5 +80,5 @@ def test_erasing_hides_one_grey_rectangle() -> None:
 
 
 def test_what_it_cannot_do_is_refused() -> None:
-    with pytest.raises(ConfigError, match="drop_words"):
+    with pytest.raises(ConfigError, match=r"set data\.augmentation\.drop_words=0 or data\.cache_side=null\.$"):
         DeviceAugmentation(48, AugmentationConfig(drop_words=0.1))

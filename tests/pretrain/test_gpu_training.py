@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from cots.config import AugmentationConfig, PretrainConfig, SourceConfig
+from cots.data.device_augmentation import DRAWS, DeviceAugmentation
 from cots.data.transforms import TrainingTransform
 from cots.model.caption_tokenizer import WordPieceTokenizer
 from cots.model.pretrained import load_model
@@ -136,6 +137,19 @@ def test_reading_an_item_leaves_the_generator_of_dropout_alone(shards: Path, voc
     first = pairs[0, 0][0]
     assert torch.equal(torch.cuda.get_rng_state(), before)
     assert not torch.equal(pairs[1, 0][0], first)
+
+
+def test_the_host_waits_for_no_crop() -> None:
+    config = AugmentationConfig(grayscale=0.5, rand_augment=2, erase=0.5)
+    augment = DeviceAugmentation(32, config)
+    squares = torch.randint(256, (8, 3, 48, 48), dtype=torch.uint8, device="cuda")
+    draws, may_flip = torch.rand(8, DRAWS, device="cuda"), torch.ones(8, dtype=torch.bool, device="cuda")
+    augment(squares, draws, may_flip)  # whatever has to be loaded first
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        augment(squares, draws, may_flip)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_resumed_run_takes_the_steps_of_one_that_was_never_stopped(
