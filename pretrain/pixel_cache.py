@@ -21,7 +21,7 @@ from pretrain.loader import Batch, StepSampler, item_id
 from pretrain.pair_sources import CLIP_FRAMES, PairSource
 from pretrain.read_all import read_all
 
-_CAPTIONS = 16  # of an item take part in the draw
+_CAPTIONS, _FRAMES = 16, 8  # numbers that are drawn for a sample's captions and frames, if none needs more
 _SEGMENT_FRAMES = 3  # of a clip are kept for each frame that a step draws from it
 _PHILOX_WORDS = 4  # random numbers that one step of numpy's Philox counter gives
 
@@ -90,7 +90,7 @@ class _Squares(Dataset[tuple[Tensor, list[str], int, tuple[str, str] | None]]):
         try:
             pair = source.read(index)
             frames = torch.stack([self.transform(frame) for frame in pair.frames(self.clip_frames)])
-            return frames, list(pair.captions)[:_CAPTIONS], item_id(pair, place), None
+            return frames, list(pair.captions), item_id(pair, place), None
         except MediaError as error:
             nothing = torch.empty(0, 3, self.side, self.side, dtype=torch.uint8)
             return nothing, [], place, (source.name(index), error.reason)
@@ -109,16 +109,17 @@ def cached_batches(
     good = np.flatnonzero((frame_counts > 0) & (caption_counts > 0))
     if len(good) == 0:
         raise SourceError("None of the training items could be read.")
+    most, behind_captions = config.frames_per_item, DRAWS + max(_CAPTIONS, int(caption_counts.max()))
+    drawn = behind_captions + max(_FRAMES, most)
     for step in sampler:
         places, items = (np.array(side) for side in zip(*step))
-        draws = uniform_draws(seed, int(places[0]), len(places))
+        draws = uniform_draws(seed, int(places[0]), len(places), drawn)
         readable = (frame_counts[items] > 0) & (caption_counts[items] > 0)
         items = np.where(readable, items, good[items % len(good)])
-        captions = _choose_captions(draws, caption_counts[items], config.captions_per_item)
+        captions = _choose_captions(draws[:, DRAWS:behind_captions], caption_counts[items], config.captions_per_item)
         token_rows = (cache.first_caption[items][:, None] + captions).reshape(-1)
-        most = config.frames_per_item
         counts = np.where(frame_counts[items] == 1, 1, most)
-        frames = _choose_frames(draws, frame_counts[items], most)
+        frames = _choose_frames(draws[:, behind_captions : behind_captions + most], frame_counts[items])
         shown = np.arange(most) < counts[:, None]
         pixel_rows = (cache.first_frame[items][:, None] + frames)[shown]
 
@@ -139,10 +140,10 @@ def cached_batches(
         )
 
 
-def uniform_draws(seed: int, place: int, count: int) -> np.ndarray:
-    """(count, M) uniform numbers in [0, 1): row k belongs to the sample at place + k of the training, whoever asks."""
-    width = DRAWS + _CAPTIONS + _PHILOX_WORDS * 2
-    width += -width % _PHILOX_WORDS
+def uniform_draws(seed: int, place: int, count: int, least: int = DRAWS + _CAPTIONS + _FRAMES) -> np.ndarray:
+    """(count, M) uniform numbers in [0, 1), M at least `least`: row k belongs to the sample at place + k of the
+    training, whoever asks. M decides which numbers they are."""
+    width = least + -least % _PHILOX_WORDS
     philox = np.random.Philox(key=seed)
     philox.advance(place * width // _PHILOX_WORDS)
     return np.random.Generator(philox).random((count, width))
@@ -150,18 +151,14 @@ def uniform_draws(seed: int, place: int, count: int) -> np.ndarray:
 
 def _choose_captions(draws: np.ndarray, counts: np.ndarray, wanted: int) -> np.ndarray:
     """(B, wanted) places among each item's captions: different ones as long as there are enough."""
-    scores = draws[:, DRAWS : DRAWS + _CAPTIONS].copy()
-    scores[np.arange(_CAPTIONS) >= counts[:, None]] = 2
-    order = scores.argsort(axis=1)
-    return np.take_along_axis(order, np.arange(wanted) % counts[:, None], axis=1)
+    scores = np.where(np.arange(draws.shape[1]) < counts[:, None], draws, 2)
+    return np.take_along_axis(scores.argsort(axis=1), np.arange(wanted) % counts[:, None], axis=1)
 
 
-def _choose_frames(draws: np.ndarray, counts: np.ndarray, wanted: int) -> np.ndarray:
-    """(B, wanted) places among each item's frames, one in each of `wanted` equal segments."""
-    within = draws[:, DRAWS + _CAPTIONS : DRAWS + _CAPTIONS + wanted]
-    if within.shape[1] < wanted:
-        within = np.repeat(draws[:, -1:], wanted, axis=1)
-    return ((np.arange(wanted) + within) / wanted * counts[:, None]).astype(np.int64)
+def _choose_frames(draws: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(B, F) places among each item's frames, one in each of F equal segments."""
+    segments = draws.shape[1]
+    return ((np.arange(segments) + draws) / segments * counts[:, None]).astype(np.int64)
 
 
 def _starts(counts: Sequence[int]) -> np.ndarray:
