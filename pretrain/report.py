@@ -18,7 +18,7 @@ from cots.errors import TrainingError
 from cots.evaluation.metrics import recall_sum
 from pretrain.charts import Chart, Series
 from pretrain.command import exit_code
-from pretrain.run_log import QUANTITIES, Quantity, RunLog, figure, read_runs, words
+from pretrain.run_log import QUANTITIES, Quantity, RunLog, figure, read_runs, short_names, words
 
 _DIRECTIONS = {"text_to_image": "text to image", "image_to_text": "image to text"}
 _RECALLS = ("R@1", "R@5", "R@10")
@@ -90,7 +90,7 @@ def _tiles(run: RunLog) -> str:
     best = run.best
     if best is not None:
         source, directions = next(iter(best.results.items()))
-        place = f"on {Path(source).name}"
+        place = f"on {short_names(best.results)[source]}"
         for direction, metrics in directions.items():
             if "R@1" in metrics:
                 tiles.append((_named(direction).capitalize(), _percent(metrics["R@1"]), f"R@1 {place}"))
@@ -147,8 +147,9 @@ def _validation_charts(runs: Sequence[RunLog]) -> Iterator[str]:
         for source, results in done.results.items()
         for direction, metrics in results.items()
     )
+    names = short_names(source for source, _, _ in places)
     for source, direction, figures in places:
-        where = f"on {Path(source).name}"
+        where = f"on {names[source]}"
         for name in figures:
             title, unit, factor, from_zero, top = figure(name)
             series = [_validated(run, number, source, direction, name, factor) for number, run in enumerate(runs)]

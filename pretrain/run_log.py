@@ -1,6 +1,7 @@
 """A run directory read back: its settings, where it ran, the rows of its log and what the numbers in them are."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,10 +158,20 @@ def read_runs(directories: list[Path]) -> list[RunLog]:
     Raises:
         TrainingError: a directory holds no log.
     """
-    depth = 1
-    while len({directory.resolve().parts[-depth:] for directory in directories}) < len(directories) and depth < 9:
+    names = short_names(str(directory.resolve()) for directory in directories)
+    return [_read_run(directory, names[str(directory.resolve())]) for directory in directories]
+
+
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """What to call each of some paths: as many of its last parts as tell all of them apart.
+
+    Of coco/val.tar and flickr/val.tar it takes two, of coco/val.tar alone one.
+    """
+    parts = {path: Path(path).parts for path in paths}
+    depth, longest = 1, max((len(own) for own in parts.values()), default=1)
+    while depth < longest and len({own[-depth:] for own in parts.values()}) < len(parts):
         depth += 1
-    return [_read_run(directory, "/".join(directory.resolve().parts[-depth:])) for directory in directories]
+    return {path: str(Path(*own[-depth:])) for path, own in parts.items()}
 
 
 def _read_run(directory: Path, name: str) -> RunLog:

@@ -33,6 +33,7 @@ from cots.model.pretrained import model_directory
 from cots.settings import Settings, validate_config
 from pretrain.command import exit_code
 from pretrain.model_card import model_card
+from pretrain.run_log import short_names
 from pretrain.start import starting_encoder, starting_tokenizer
 from pretrain.validation import Metrics, Validation, criterion
 
@@ -240,8 +241,9 @@ def _mean(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _line(results: dict[str, Metrics]) -> str:
+    names = short_names(results)
     return "  ".join(
-        f"{Path(path).name} {way.replace('_', ' ')} R@1 {metrics['R@1']:.1f}"
+        f"{names[path]} {way.replace('_', ' ')} R@1 {metrics['R@1']:.1f}"
         for path, ways in results.items()
         for way, metrics in ways.items()
     )

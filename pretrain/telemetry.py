@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pretrain.distributed import mean_over_ranks
 from pretrain.log_writers import LogWriter, TensorBoardWriter, WandbWriter
+from pretrain.run_log import short_names
 
 _LINE_EVERY = 30.0  # seconds between two lines where no terminal shows a bar
 
@@ -170,10 +171,10 @@ class Telemetry:
     def validation(self, step: int, epoch: float, metrics: Mapping[str, Any]) -> None:
         """Write the recalls {source: {direction: metrics}} as a row of their own."""
         if self.active:
-            seconds = time.perf_counter() - self._since
+            seconds, names = time.perf_counter() - self._since, short_names(metrics)
             self._write({"step": step, "epoch": round(epoch, 3), "seconds": seconds, "validation": metrics})
             recalls = {
-                f"validation/{Path(source).name}/{direction}/{name}": value
+                f"validation/{names[source]}/{direction}/{name}": value
                 for source, directions in metrics.items()
                 for direction, figures in directions.items()
                 for name, value in figures.items()

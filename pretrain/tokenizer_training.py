@@ -30,6 +30,7 @@ from pretrain.distributed import Ranks
 from pretrain.loader_workers import start_server
 from pretrain.momentum import MovingAverage
 from pretrain.optimizer import rate_factor, set_rates
+from pretrain.run_log import short_names
 from pretrain.tokenizer_objective import TokenizerObjective, draw_far_patches, kl_weight, temperature_at
 from pretrain.tokenizer_pictures import SquareFrames, Squares, decode_all, squares_from_loader, squares_in_memory
 from pretrain.tokenizer_validation import TokenizerValidation
@@ -160,9 +161,10 @@ class TokenizerRun(TrainingRun[VisualTokenizerTrainingConfig, Squares]):
         results = self.validation.measure(tokenizer, self.device)
         epoch = self.step / self.epoch_steps
         self.telemetry.validation(self.step, epoch, {path: {"reconstruction": m} for path, m in results.items()})
+        names = short_names(results)
         for path, m in results.items():
             self.telemetry.say(
-                f"epoch {epoch:.1f}  {Path(path).name}  PSNR {m['psnr']:.2f} dB (error {m['reconstruction_error']:.5f})"
+                f"epoch {epoch:.2f}  {names[path]}  PSNR {m['psnr']:.2f} dB (error {m['reconstruction_error']:.5f})"
                 f"   {100 * m['codebook_usage']:.1f} % of the codes used, perplexity {m['codebook_perplexity']:.0f}"
             )
         sheets = self.directory / "reconstructions"

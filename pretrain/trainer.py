@@ -30,6 +30,7 @@ from pretrain.loader_workers import start_server
 from pretrain.model_card import model_card
 from pretrain.network import TrainingNetwork, freeze_unused, token_grid
 from pretrain.pixel_cache import PixelCache, cached_batches
+from pretrain.run_log import short_names
 from pretrain.start import starting_encoder, starting_tokenizer
 from pretrain.step import TrainingStep, uses_bf16
 from pretrain.step_cost import StepCost
@@ -125,12 +126,13 @@ class Run(TrainingRun[PretrainConfig, Batch]):
         results = self.validation.measure(network, self.device)
         score, epoch = criterion(results), self.step / self.epoch_steps
         self.telemetry.validation(self.step, epoch, results)
+        names = short_names(results)
         for path, metrics in results.items():
             both = "   ".join(
                 f"{way.replace('_', ' ')} R@1/5/10 {m['R@1']:.1f} / {m['R@5']:.1f} / {m['R@10']:.1f}"
                 for way, m in metrics.items()
             )
-            self.telemetry.say(f"epoch {epoch:.1f}  {Path(path).name}  {both}")
+            self.telemetry.say(f"epoch {epoch:.2f}  {names[path]}  {both}")
         if score > self.best["criterion"]:
             self.best = {"criterion": score, "step": self.step, "results": results}
             self._keep(network, results)

@@ -14,7 +14,7 @@ from cots.settings import Settings
 from cots.tokenizer_config import VisualTokenizerTrainingConfig
 from pretrain.charts import Chart, Series, nice_ticks, tick_labels
 from pretrain.report import main, write_report
-from pretrain.run_log import read_runs
+from pretrain.run_log import read_runs, short_names
 
 
 def _metrics(recall: float) -> dict[str, float]:
@@ -158,6 +158,18 @@ def test_only_settings_that_are_not_the_default_are_in_ink(tmp_path: Path, kind:
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     runs = read_runs([_write_run(tmp_path / folder / "run", (1.0,)) for folder in ("a", "b")])
     assert [run.name for run in runs] == ["a/run", "b/run"]
+
+
+def test_sources_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    assert short_names(["a/coco/val.tar", "a/flickr/val.tar", "/test.tar"]) == {
+        "a/coco/val.tar": "coco/val.tar", "a/flickr/val.tar": "flickr/val.tar", "/test.tar": "/test.tar"}  # fmt: skip
+    assert short_names(["a/b/val.tar", "a/b/val.tar"]) == {"a/b/val.tar": "val.tar"}
+    both = {"text_to_image": _metrics(1.0), "image_to_text": _metrics(2.0)}
+    row = {"step": 1, "epoch": 1, "validation": {"data/coco/val.tar": both, "data/flickr/val.tar": both}}
+    (tmp_path / "log.jsonl").write_text(json.dumps(row) + "\n")
+    text = write_report([tmp_path]).read_text(encoding="utf-8")
+    assert {"% on coco/val.tar", "% on flickr/val.tar"} <= set(re.findall(r"% on [\w/.]+", text))
+    assert "R@1 on coco/val.tar" in text
 
 
 def test_a_step_taken_again_after_a_stop_counts_once_and_a_broken_row_not_at_all(tmp_path: Path) -> None:

@@ -91,11 +91,16 @@ def test_tensorboard_reads_every_value_back(tmp_path: Path) -> None:
     telemetry.step({"loss": torch.tensor(2.0), "loss_contrastive": torch.tensor(1.5)}, waited=0.0)
     telemetry.flush(1, 0.1, {"learning_rate": 1e-3})
     telemetry.validation(1, 0.1, {"data/val.tar": {"text_to_image": {"R@1": 12.5}}})
+    one_name = {"coco/val.tar": {"text_to_image": {"R@1": 1.0}}, "flickr/val.tar": {"text_to_image": {"R@1": 2.0}}}
+    telemetry.validation(2, 0.2, one_name)
     telemetry.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.value for event in events.Scalars("loss/contrastive")] == [1.5]
     assert [event.value for event in events.Scalars("validation/val.tar/text_to_image/R@1")] == [12.5]
+    for name, value in (("coco", 1.0), ("flickr", 2.0)):
+        scalars = events.Scalars(f"validation/{name}/val.tar/text_to_image/R@1")
+        assert [event.value for event in scalars] == [value]
 
 
 @pytest.mark.parametrize(
