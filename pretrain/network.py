@@ -32,6 +32,40 @@ class HiddenPatches:
 
 
 @dataclass
+class NetworkInput:
+    """Items of a batch, as `TrainingNetwork.forward` is given them.
+
+    Attributes:
+        pixels: (B, 3, S, S) or (B, F, 3, S, S) uint8.
+        token_ids: (B * captions, L) int64, the captions of an item side by side.
+        patches: of the B pictures; words: of the B first captions; None: nothing is hidden.
+        counts: how many frames each item has, if not all F (see `Batch`).
+    """
+
+    pixels: Tensor
+    token_ids: Tensor
+    patches: HiddenPatches | None
+    words: HiddenWords | None
+    counts: Counts
+
+    def split(self, parts: int) -> list["NetworkInput"]:
+        """The items in so many equal parts, which the batch size is a multiple of."""
+        size = len(self.pixels) // parts
+        return [self._rows(slice(part * size, (part + 1) * size)) for part in range(parts)]
+
+    def _rows(self, rows: slice) -> "NetworkInput":
+        captions = len(self.token_ids) // len(self.pixels)
+        patches, words = self.patches, self.words
+        return NetworkInput(
+            self.pixels[rows],
+            self.token_ids[rows.start * captions : rows.stop * captions],
+            patches and HiddenPatches(patches.places[rows], patches.targets[rows], patches.grid),
+            words and HiddenWords(words.token_ids[rows], words.places[rows], words.targets[rows]),
+            self.counts and self.counts[rows],
+        )
+
+
+@dataclass
 class NetworkOutput:
     """Attributes:
     image: (B, D), text: (B * captions, D) float32, unit norm.
@@ -77,11 +111,7 @@ class TrainingNetwork(nn.Module):
         The masked passes take the global embeddings of the unmasked ones: nothing is encoded twice. An item's masked
         picture (the first frame of a clip) meets its first caption, and its masked first caption the picture.
 
-        Args:
-            pixels: (B, 3, S, S) or (B, F, 3, S, S) uint8.
-            token_ids: (B * captions, L) int64, the captions of an item side by side.
-            patches: of the B pictures; words: of the B first captions.
-            counts: how many frames each item has, if not all F (see `Batch`).
+        The arguments are the attributes of `NetworkInput`.
         """
         image = encode_items(self.encoder, pixels, counts)
         text = self.encoder.encode_text(token_ids).embedding
@@ -99,8 +129,8 @@ class TrainingNetwork(nn.Module):
             tokens = self.encoder.encode_text(words.token_ids).tokens
             weight = self.encoder.text_tower.word_embeddings
             output = self.text_head(tokens, words.places, words.targets, image, weight)
-            own = self.config.text_weight * output.losses
-            losses = own if losses is None else losses + own
+            weighted = self.config.text_weight * output.losses
+            losses = weighted if losses is None else losses + weighted
             scalars["loss_masked_text"] = output.losses.detach().mean()
             scalars["masked_text_accuracy"] = output.accuracy
         return NetworkOutput(image, text, losses, scalars)
@@ -138,8 +168,8 @@ def token_grid(encoder: DualEncoder, config: PretrainConfig) -> int:
 
 
 def freeze_unused(encoder: DualEncoder, config: PretrainConfig) -> None:
-    """Let nothing of the encoder learn that no embedding hangs on, as DistributedDataParallel waits for the gradients
-    of all that does: layers of a timm network behind its features, a temporal transformer where items have one frame.
+    """Freeze what no embedding depends on, for DistributedDataParallel would wait for its gradients: layers of a timm
+    network behind its features, a temporal transformer where items have one frame.
     """
     size = config.data.image_size or config.model.image_tower.image_size
     frames = (2,) if config.data.frames_per_item > 1 else ()

@@ -85,8 +85,8 @@ def load_whole_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, A
     )
     if before != now:
         raise ConfigError(
-            f"The checkpoint trains {sum(before)} parameters and this version {sum(now)}: layers that no embedding "
-            "hangs on no longer learn; start a new training.output."
+            f"The checkpoint trains {sum(before)} parameters and this version {sum(now)}: the layers that learn "
+            "are others; start a new training.output."
         )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     own = {
@@ -110,7 +110,9 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     wholes = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
     squares = nn.utils.get_total_norm(parts).square()
     dist.all_reduce(squares)
-    norm = (squares + nn.utils.get_total_norm(wholes).to(squares.device).square()).sqrt()
+    if wholes:  # the norm of none would be a number of the CPU's
+        squares += nn.utils.get_total_norm(wholes).square()
+    norm = squares.sqrt()
     torch._foreach_mul_([*parts, *wholes], (limit / (norm + 1e-6)).clamp_max(1.0))
     return norm
 

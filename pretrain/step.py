@@ -2,9 +2,9 @@
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,11 +21,12 @@ from cots.model.dual_encoder import DualEncoder
 from cots.model.visual_tokenizer import VisualTokenizer
 from cots.objectives.collaborative import CollaborativeObjective
 from cots.objectives.gathering import gather
-from cots.objectives.retrieval import PairFeatures
+from cots.objectives.retrieval import MomentumFeatures, PairFeatures
 from pretrain.distributed import Ranks, average_statistics
+from pretrain.gradient_caching import EmbeddingCache
 from pretrain.loader import Batch
 from pretrain.momentum import MovingAverage
-from pretrain.network import Counts, HiddenPatches, NetworkOutput, TrainingNetwork, encode_items, without_data
+from pretrain.network import HiddenPatches, NetworkInput, TrainingNetwork, encode_items, without_data
 from pretrain.optimizer import create_optimizer, rate_factor, set_rates
 from pretrain.sharding import (
     clip_gradients,
@@ -41,12 +42,26 @@ from pretrain.working_copy import WorkingCopy
 Scalars = dict[str, Tensor]
 
 
+@dataclass
+class Losses:
+    """Attributes:
+    total: () float32, of this rank, to be differentiated.
+    features: what goes into the queues after the step.
+    scalars: detached () values for the log.
+    """
+
+    total: Tensor
+    features: PairFeatures
+    scalars: Scalars
+
+
 class TrainingStep:
     """All that changes from step to step: weights, averages, optimizer state, queues.
 
     Attributes:
         network: the fp32 weights that are optimized.
-        momentum: the momentum towers; `average`: the slow average that is shipped, if there is one.
+        momentum: the momentum towers, if a level looks at them.
+        average: the slow average that is shipped, if there is one.
         outline: the network without data, on the meta device.
         grid: tokens a side that the image tower makes of a crop, which may be smaller than what it will see later.
         sharded: each rank holds a part of all these.
@@ -71,31 +86,36 @@ class TrainingStep:
         self.low_precision = uses_bf16(training.precision, self.device)
         dtype = torch.bfloat16 if self.low_precision else None
         self.outline = without_data(network)
-        self._whole_encoder: DualEncoder | None = None
         if self.sharded:
             network.to(memory_format=torch.contiguous_format)  # FSDP splits weights row by row
-        followers = [copy.deepcopy(network.encoder) for _ in range(2 if training.averaging else 1)]
+        momentum = copy.deepcopy(network.encoder) if objective.uses_momentum else None
+        average = copy.deepcopy(network.encoder) if training.averaging else None
+        self._whole_encoder: DualEncoder | None = None
         if self.sharded:
             if ranks.first:
-                self._whole_encoder = copy.deepcopy(followers[0]).cpu().eval().requires_grad_(False)
+                self._whole_encoder = copy.deepcopy(network.encoder).cpu().eval().requires_grad_(False)
             shard_network(network, dtype)
-            for follower in followers:
-                shard_average(follower, dtype)
+            for follower in (momentum, average):
+                if follower is not None:
+                    shard_average(follower, dtype)
             dtype = None  # what is shared out is rounded as it is gathered
-        self.momentum = MovingAverage(network.encoder, config.objective.momentum, followers[0])
-        self.average = MovingAverage(network.encoder, training.averaging, followers[1]) if training.averaging else None
+        encoder = network.encoder
+        self.momentum = MovingAverage(encoder, config.objective.momentum, momentum) if momentum is not None else None
+        self.average = MovingAverage(encoder, training.averaging, average) if average is not None else None
         heads = [head for head in (network.image_head, network.text_head) if head is not None]
         self.optimizer = create_optimizer(network.encoder, nn.ModuleList([objective, *heads]), config.optimizer)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.working = WorkingCopy(network, dtype)
-        self.momentum_working = WorkingCopy(self.momentum.network, dtype)
-        self.jitter = ColorJitter(config.data.augmentation.color)
+        self.momentum_working = WorkingCopy(momentum, dtype) if momentum is not None else None
+        self.jitter = ColorJitter(config.data.augmentation.color, self.device)
         self.draws = SampleDraws(training.seed, self.device, ranks.rank, ranks.count)
+        self.special_ids = torch.tensor(tokenizer.special_ids, device=self.device)
         if training.activation_checkpointing:
             self.working.network.encoder.set_activation_checkpointing(True)
         if training.compile:
             _compile(self.working.network, self.sharded)
-            _compile_encoder(self.momentum_working.network, self.sharded)
+            if self.momentum_working is not None:
+                _compile_encoder(self.momentum_working.network, self.sharded)
             if visual_tokenizer is not None:
                 visual_tokenizer.encoder.compile(dynamic=False)
         self.parallel: nn.Module = self.working.network
@@ -111,17 +131,8 @@ class TrainingStep:
         config = self.config
         set_rates(self.optimizer, rate_factor(step, steps, config.optimizer))
         self.draws.begin(step)
-        pixels = self.augment(batch.pixels)
-        patches, words = self.hide(pixels, batch.token_ids, batch.visual_tokens)
-        if config.training.accumulation == 1:
-            output = self.parallel(pixels, batch.token_ids, patches, words, batch.counts)
-            features = self.pair_features(output, replace(batch, pixels=pixels))
-            result = self.objective(features, step / steps)
-            loss = result.loss if output.masked_losses is None else result.loss + output.masked_losses.mean()
-            loss.backward()
-            scalars = {"loss": loss.detach(), **result.scalars, **output.scalars}
-        else:
-            features, scalars = self._accumulate(batch, pixels, patches, words, step / steps)
+        batch = replace(batch, pixels=self.augment(batch.pixels))
+        features, scalars = self._backward(batch, step / steps)
         scalars["gradient_norm"] = self._update()
         if self.average is not None:
             if step < config.training.averaging_start * steps:
@@ -130,6 +141,22 @@ class TrainingStep:
                 self.average.update()
         self.objective.enqueue(features)
         return scalars
+
+    def outlined(self) -> "TrainingStep":
+        """A twin without data (the meta device), of which `losses` can be asked: it computes shapes alone."""
+        meta = torch.device("meta")
+        twin = copy.copy(self)
+        network = copy.deepcopy(self.outline)
+        for outlined, parameter in zip(network.parameters(), self.network.parameters()):
+            outlined.requires_grad_(parameter.requires_grad)
+        twin.parallel = network
+        twin.objective = without_data(self.objective)
+        if self.visual_tokenizer is not None:
+            twin.visual_tokenizer = without_data(self.visual_tokenizer)
+        if self.momentum_working is not None:
+            twin.momentum_working = WorkingCopy(copy.deepcopy(network.encoder).eval(), None)
+        twin.draws, twin.special_ids = SampleDraws(0, meta), self.special_ids.to(meta)
+        return twin
 
     @contextmanager
     def shipped_encoder(self) -> Iterator[DualEncoder | None]:
@@ -158,7 +185,7 @@ class TrainingStep:
         """
         state = {
             "network": self.network.state_dict(),
-            "momentum": self.momentum.network.state_dict(),
+            "momentum": self.momentum.network.state_dict() if self.momentum else None,
             "average": self.average.network.state_dict() if self.average else None,
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -168,13 +195,15 @@ class TrainingStep:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned on the first rank."""
         load_whole(self.network, state["network"])
-        load_whole(self.momentum.network, state["momentum"])
+        if self.momentum is not None:
+            load_whole(self.momentum.network, state["momentum"])
         if self.average is not None:
             load_whole(self.average.network, state["average"])
         self.objective.load_state_dict(state["objective"])
         load_whole_optimizer(self.optimizer, state["optimizer"])
         self.working.take_weights()
-        self.momentum_working.take_weights()
+        if self.momentum_working is not None:
+            self.momentum_working.take_weights()
 
     def augment(self, pixels: Tensor) -> Tensor:
         """Colour jitter on the device, one draw for all frames of a clip; channels last for convolutions."""
@@ -185,21 +214,27 @@ class TrainingStep:
             return self.jitter(tall, self.draws).view(shape[0], 3, frames, *shape[3:]).transpose(1, 2).contiguous()
         return self.jitter(pixels, self.draws).contiguous(memory_format=torch.channels_last)
 
-    def hide(
-        self, pixels: Tensor, token_ids: Tensor, stored: Tensor | None = None
-    ) -> tuple[HiddenPatches | None, HiddenWords | None]:
-        """Draw what the token level hides of the pictures (of a clip, its first frame) and of their first captions.
+    def losses(self, batch: Batch, progress: float) -> Losses:
+        """All levels' losses of an augmented batch, in one part. `progress` is the share of the training done."""
+        given = self.hide(batch)
+        output = self.parallel(given.pixels, given.token_ids, given.patches, given.words, given.counts)
+        features = self.pair_features(output.image, output.text, batch.item_ids, [given])
+        result = self.objective(features, progress)
+        total = result.loss if output.masked_losses is None else result.loss + output.masked_losses.mean()
+        return Losses(total, features, {"loss": total.detach(), **result.scalars, **output.scalars})
 
-        Args:
-            stored: the visual tokens, (B, grid * grid), if they need not be computed.
-        """
+    def hide(self, batch: Batch) -> NetworkInput:
+        """Draw what the token level hides of the pictures (of a clip, its first frame) and of their first captions."""
         masked = self.config.objective.masked_modeling
+        pixels, token_ids = batch.pixels, batch.token_ids
         patches: HiddenPatches | None = None
         words: HiddenWords | None = None
         if self.visual_tokenizer is not None:
             first = pixels if pixels.ndim == 4 else pixels[:, 0]
             places = hide_patches(len(first), self.grid, masked.image_share, self.draws)
-            tokens = self.visual_tokenizer.tokens(first, self.grid) if stored is None else stored
+            tokens = batch.visual_tokens
+            if tokens is None:
+                tokens = self.visual_tokenizer.tokens(first, self.grid)
             patches = HiddenPatches(places, tokens.gather(1, places), self.grid)
         if masked.text_weight:
             captions = len(token_ids) // len(pixels)
@@ -208,91 +243,54 @@ class TrainingStep:
                 token_ids[::captions],
                 masked.text_share,
                 tokenizer.mask_id,
-                tokenizer.special_ids,
+                self.special_ids,
                 tokenizer.vocabulary,
                 self.draws,
             )
-        return patches, words
+        return NetworkInput(pixels, token_ids, patches, words, batch.counts)
 
     def pair_features(
-        self, output: NetworkOutput, batch: Batch, parts: int = 1, momentum: DualEncoder | None = None
+        self, image: Tensor, text: Tensor, item_ids: Tensor, parts: Sequence[NetworkInput]
     ) -> PairFeatures:
-        """An item with several captions becomes as many pairs, its picture encoded once.
+        """The pairs of a batch. An item with several captions becomes as many pairs, its picture encoded once.
 
-        The momentum towers (or other ones in their place) encode the batch in `parts`.
+        Args:
+            image: (B, D), text: (B * captions, D), what the learning towers make of the items.
+            item_ids: (B,).
+            parts: the items, which the momentum towers encode a part at a time.
         """
-        momentum = self.momentum_working.network if momentum is None else momentum
-        captions = len(batch.token_ids) // len(batch.pixels)
-        item_ids = batch.item_ids.repeat_interleave(captions)
-        image_momentum, text_momentum = output.image.detach(), output.text.detach()
-        if self.objective.uses_momentum:
-            encoded = [
-                _embeddings(momentum, *part)
-                for part in zip(
-                    batch.pixels.chunk(parts), batch.token_ids.chunk(parts), _chunk_counts(batch.counts, parts)
-                )
-            ]
-            image_momentum, text_momentum = (torch.cat(side) for side in zip(*encoded))
+        captions = len(text) // len(image)
+        pair_ids = item_ids.repeat_interleave(captions)
+        momentum: MomentumFeatures | None = None
+        if self.momentum_working is not None:
+            encoded = [_embeddings(self.momentum_working.network, part) for part in parts]
+            slow_image, slow_text = (torch.cat(side) for side in zip(*encoded))
+            momentum = MomentumFeatures(
+                gather(slow_image.repeat_interleave(captions, dim=0)),
+                gather(slow_text),
+            )
         return PairFeatures(
-            image=output.image.repeat_interleave(captions, dim=0),
-            text=output.text,
-            item_ids=item_ids,
-            image_momentum=gather(image_momentum.repeat_interleave(captions, dim=0)),
-            text_momentum=gather(text_momentum),
-            all_item_ids=gather(item_ids),
+            image=image.repeat_interleave(captions, dim=0),
+            text=text,
+            item_ids=pair_ids,
+            all_item_ids=gather(pair_ids),
+            momentum=momentum,
         )
 
-    def _accumulate(
-        self,
-        batch: Batch,
-        pixels: Tensor,
-        patches: HiddenPatches | None,
-        words: HiddenWords | None,
-        progress: float,
-    ) -> tuple[PairFeatures, Scalars]:
-        """Gradient caching (Gao et al. 2021): the loss of the whole batch, with the memory of a part of it.
-
-        All parts are embedded, the loss gives the gradient of every embedding, and each part is encoded again and
-        differentiated with the gradients of its own embeddings. The second encoding draws the dropout of the first.
-        """
-        parts = self.config.training.accumulation
-        network = self.working.network
-        pieces = list(zip(pixels.chunk(parts), batch.token_ids.chunk(parts)))
-        counts = _chunk_counts(batch.counts, parts)
-        states, first = [], []
-        for index, part in enumerate(pieces):
-            states.append(_random_state(self.device))
-            # with the graph of the second encoding, so that a compiled one draws the same dropout; it is dropped here
-            output = network(*part, counts=counts[index])
-            first.append((output.image.detach(), output.text.detach()))
-            del output  # or the graphs of two parts would be there at once
-        image, text = (torch.cat(side).requires_grad_() for side in zip(*first))
-        features = self.pair_features(NetworkOutput(image, text, None, {}), replace(batch, pixels=pixels), parts)
+    def _backward(self, batch: Batch, progress: float) -> tuple[PairFeatures, Scalars]:
+        """Give the weights the gradient of a batch's losses, in one part or in several."""
+        accumulation = self.config.training.accumulation
+        if accumulation == 1:
+            losses = self.losses(batch, progress)
+            losses.total.backward()
+            return losses.features, losses.scalars
+        parts = self.hide(batch).split(accumulation)
+        cache = EmbeddingCache(self.working.network, parts)
+        features = self.pair_features(cache.image, cache.text, batch.item_ids, parts)
         result = self.objective(features, progress)
         result.loss.backward()
-        assert image.grad is not None
-        assert text.grad is not None
-        scalars = {**result.scalars}
-        total = result.loss.detach()
-        hidden = _chunk_hidden(patches, words, parts)
-        for index, part in enumerate(pieces):
-            _set_random_state(self.device, states[index])
-            last = index == parts - 1
-            synchronized: AbstractContextManager = nullcontext()
-            if isinstance(self.parallel, DistributedDataParallel) and not last:
-                synchronized = self.parallel.no_sync()
-            with synchronized:
-                output = self.parallel(*part, *hidden[index], counts[index])
-                surrogate = (output.image * image.grad.chunk(parts)[index]).sum()
-                surrogate = surrogate + (output.text * text.grad.chunk(parts)[index]).sum()
-                if output.masked_losses is not None:
-                    share = output.masked_losses.sum() / len(pixels)
-                    surrogate = surrogate + share
-                    total = total + share.detach()
-                surrogate.backward()
-            for name, value in output.scalars.items():
-                scalars[name] = scalars.get(name, 0) + value * len(part[0]) / len(pixels)
-        return features, {"loss": total, **scalars}
+        masked_loss, scalars = cache.backward(self.parallel)
+        return features, {"loss": result.loss.detach() + masked_loss, **result.scalars, **scalars}
 
     def _update(self) -> Tensor:
         """Clip, step, and let the averages and the working copies follow; returns the norm of the gradient."""
@@ -309,7 +307,7 @@ class TrainingStep:
         self.objective.bound_temperature()
         self.optimizer.zero_grad(set_to_none=True)
         self.working.take_weights()
-        if self.objective.uses_momentum:
+        if self.momentum is not None and self.momentum_working is not None:
             self.momentum.update()
             self.momentum_working.take_weights()
         return norm.detach()
@@ -345,36 +343,5 @@ def _compile_encoder(encoder: DualEncoder, by_layer: bool) -> None:
 
 
 @torch.no_grad()
-def _embeddings(encoder: DualEncoder, pixels: Tensor, token_ids: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:
-    return encode_items(encoder, pixels, counts), encoder.encode_text(token_ids).embedding
-
-
-def _chunk_counts(counts: Counts, parts: int) -> list[Counts]:
-    if counts is None:
-        return [None] * parts
-    size = -(-len(counts) // parts)
-    return [counts[start : start + size] for start in range(0, len(counts), size)]
-
-
-def _chunk_hidden(
-    patches: HiddenPatches | None, words: HiddenWords | None, parts: int
-) -> list[tuple[HiddenPatches | None, HiddenWords | None]]:
-    chunked: list[tuple[HiddenPatches | None, HiddenWords | None]] = [(None, None)] * parts
-    if patches is not None:
-        own = zip(patches.places.chunk(parts), patches.targets.chunk(parts))
-        chunked = [(HiddenPatches(*piece, patches.grid), None) for piece in own]
-    if words is not None:
-        pieces = zip(words.token_ids.chunk(parts), words.places.chunk(parts), words.targets.chunk(parts))
-        chunked = [(first, HiddenWords(*piece)) for (first, _), piece in zip(chunked, pieces)]
-    return chunked
-
-
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
+def _embeddings(encoder: DualEncoder, part: NetworkInput) -> tuple[Tensor, Tensor]:
+    return encode_items(encoder, part.pixels, part.counts), encoder.encode_text(part.token_ids).embedding

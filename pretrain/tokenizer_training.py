@@ -83,7 +83,7 @@ class TokenizerRun(TrainingRun[VisualTokenizerTrainingConfig, Squares]):
         bf16 = training.precision == "bf16" or (training.precision == "auto" and self.device.type == "cuda")
         self.dtype = torch.bfloat16 if bf16 else None
         self.augment = DeviceAugmentation(self.side, config.data.augmentation)
-        self.jitter = ColorJitter(config.data.augmentation.color)
+        self.jitter = ColorJitter(config.data.augmentation.color, self.device)
         self.draws = SampleDraws(training.seed, self.device, ranks.rank, ranks.count)
         self._begin()
 

@@ -143,7 +143,8 @@ def _empty_batch(config: PretrainConfig, items: int, device: torch.device) -> Ba
 def _standing_memory(stepper: TrainingStep) -> dict[str, int]:
     """Bytes that are there in every step, whatever the batch."""
     weights = _bytes(stepper.network, stepper.working.network)
-    momentum = _bytes(stepper.momentum.network, stepper.momentum_working.network)
+    slow = [copy.network for copy in (stepper.momentum, stepper.momentum_working) if copy is not None]
+    momentum = _bytes(*slow)
     average = _bytes(stepper.average.network) if stepper.average is not None else 0
     states = list(stepper.optimizer.state.values())
     optimizer = sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
@@ -175,8 +176,8 @@ def _sharded_memory(config: PretrainConfig, stepper: TrainingStep, memory: dict[
     if stepper.low_precision:
         gathered //= 2
     trained = sum(parameter.nbytes for parameter in stepper.parameters)
-    shared = _bytes(stepper.network) + _bytes(stepper.momentum.network) + memory["average"] + trained
-    shared += memory["optimizer"]
+    momentum = _bytes(stepper.momentum.network) if stepper.momentum is not None else 0
+    shared = _bytes(stepper.network) + momentum + memory["average"] + trained + memory["optimizer"]
     parts = config.training.accumulation
     return {
         gpus: (shared + memory["activations"]) // gpus + gathered + memory["queues"]

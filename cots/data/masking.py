@@ -3,7 +3,6 @@ the draw, so that a compiled step is compiled once.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +77,7 @@ def hide_words(
     token_ids: Tensor,
     share: float,
     mask_id: int,
-    special_ids: Sequence[int],
+    special_ids: Tensor,
     vocabulary: int,
     draws: SampleDraws,
 ) -> HiddenWords:
@@ -89,17 +88,16 @@ def hide_words(
         token_ids: (B, L) int64.
         share: of a caption's word pieces, special ones not counted.
         mask_id: the word piece that stands for a hidden one.
-        special_ids: word pieces that are never hidden ([PAD], [CLS], [SEP]).
+        special_ids: (S,) int64, word pieces that are never hidden ([PAD], [CLS], [SEP]).
         vocabulary: number of word pieces, from which the random ones are drawn.
         draws: what is hidden of each caption.
     """
-    device = token_ids.device
-    words = ~torch.isin(token_ids, torch.tensor(list(special_ids), device=device))
+    words = ~torch.isin(token_ids, special_ids)
     wanted = (words.sum(dim=1) * share).round().clamp_min(1)
     slots = max(1, round(token_ids.shape[1] * share))
     priority = draws.uniform(*token_ids.shape).masked_fill(~words, 2.0)
     chosen = priority.topk(slots, dim=1, largest=False)
-    valid = (torch.arange(slots, device=device) < wanted[:, None]) & (chosen.values < 2)
+    valid = (torch.arange(slots, device=token_ids.device) < wanted[:, None]) & (chosen.values < 2)
     targets = token_ids.gather(1, chosen.indices)
     draw = draws.uniform(*targets.shape)
     random_ids = draws.integers(vocabulary, *targets.shape)

@@ -68,9 +68,11 @@ class ColorJitter:
     rotate the chroma plane of YIQ, brightness and contrast scale around black and around the picture's mean grey.
     """
 
-    def __init__(self, strength: float) -> None:
+    def __init__(self, strength: float, device: torch.device) -> None:
         self.strength = strength
-        self._to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+        to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+        # on the device from the start: a copy from the CPU in a step would wait for the device
+        self._to_yiq, self._from_yiq = to_yiq.to(device), torch.linalg.inv(to_yiq).to(device)
 
     def __call__(self, pixels: Tensor, draws: SampleDraws) -> Tensor:
         if not self.strength:
@@ -83,9 +85,8 @@ class ColorJitter:
         turn[:, 0, 0] = 1
         turn[:, 1, 1] = turn[:, 2, 2] = saturation * angle.cos()
         turn[:, 1, 2], turn[:, 2, 1] = -saturation * angle.sin(), saturation * angle.sin()
-        to_yiq = self._to_yiq.to(device)
-        matrix = torch.linalg.inv(self._to_yiq).to(device) @ turn @ to_yiq * (brightness * contrast)[:, None, None]
+        matrix = self._from_yiq @ turn @ self._to_yiq * (brightness * contrast)[:, None, None]
         values = pixels.float()
-        grey = (values.mean(dim=(2, 3)) @ to_yiq[0]) * brightness * (1 - contrast)
+        grey = (values.mean(dim=(2, 3)) @ self._to_yiq[0]) * brightness * (1 - contrast)
         values = torch.einsum("bij,bjhw->bihw", matrix, values) + grey[:, None, None, None]
         return values.round().clamp(0, 255).to(torch.uint8)

@@ -108,7 +108,7 @@ class ImageStream(Stream):
 
         Args:
             pixels: (B, F, 3, S, S) uint8.
-            counts: B numbers (no tensor of a device: shapes hang on them), how many of an item's F frames are there,
+            counts: B numbers (no tensor of a device: shapes depend on them), how many of an item's F frames are there,
                 at least 1; None: all.
         """
         clips, most = pixels.shape[:2]
@@ -118,10 +118,10 @@ class ImageStream(Stream):
         rows = (torch.arange(most) < there[:, None]).flatten().nonzero().flatten()
         step = max(1, clips // 4)
         size = -(-len(rows) // step) * step
-        filled = rows[torch.arange(size) % len(rows)].to(pixels.device)
+        filled = _send(rows[torch.arange(size) % len(rows)], pixels.device)
         single = self.encode_image(pixels.flatten(0, 1)[filled]).embedding[: len(rows)]
         embeddings = single.new_zeros(clips * most, single.shape[1]).index_copy(0, filled[: len(rows)], single)
-        return self.pool_frames(embeddings.unflatten(0, (clips, most)), there.to(pixels.device))
+        return self.pool_frames(embeddings.unflatten(0, (clips, most)), _send(there, pixels.device))
 
     def pool_frames(self, frames: Tensor, counts: Tensor | None = None) -> Tensor:
         """(B, F, D) embeddings of frames, the first `counts` (B,) of them, -> (B, D), unit norm; see `pool_clips`."""
@@ -198,6 +198,11 @@ def create_text_tower(config: ModelConfig) -> WordTower:
     from cots.model.text_tower import TextTower
 
     return TextTower(config.text_tower)
+
+
+def _send(numbers: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the CPU's on the device, without waiting until it is there."""
+    return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
 
 
 def _embed(projection: Projection, pooled: Tensor, center: Tensor) -> Tensor:

@@ -83,14 +83,14 @@ class CollaborativeObjective(nn.Module):
             kept = self._kept(batch, progress)
             if contrastive.weight:
                 losses = _mean([contrastive_losses(task, contrastive.label_smoothing) for task in tasks])
-                own = _mean_of_kept(losses, batch, kept)
-                loss = loss + contrastive.weight * own
-                scalars["loss_contrastive"] = own.detach()
+                mean = _mean_of_kept(losses, batch, kept)
+                loss = loss + contrastive.weight * mean
+                scalars["loss_contrastive"] = mean.detach()
             if alignment.weight:
                 losses = self._alignment(batch, tasks)
-                own = _mean_of_kept(losses, batch, kept)
-                loss = loss + alignment.weight * own
-                scalars["loss_alignment"] = own.detach()
+                mean = _mean_of_kept(losses, batch, kept)
+                loss = loss + alignment.weight * mean
+                scalars["loss_alignment"] = mean.detach()
                 scalars["direction_agreement"] = _mean([agreement(task) for task in tasks])
             scalars |= {
                 "temperature": temperature.detach(),
@@ -114,15 +114,17 @@ class CollaborativeObjective(nn.Module):
 
     def enqueue(self, batch: PairFeatures) -> None:
         """Make this global batch the newest rows of the queues, on every rank alike."""
-        self.queue.enqueue(batch.image_momentum, batch.text_momentum, batch.all_item_ids)
+        if batch.momentum is None:
+            return
+        self.queue.enqueue(batch.momentum.image, batch.momentum.text, batch.all_item_ids)
         if self.filter.enabled:
-            self.filter.enqueue(batch.image_momentum, batch.text_momentum)
+            self.filter.enqueue(batch.momentum.image, batch.momentum.text)
 
     def _kept(self, batch: PairFeatures, progress: float) -> Tensor | None:
         """(W*B,) bool of the global batch, or None without a filter."""
         if not self.filter.enabled:
             return None
-        return self.filter.keep(batch.image_momentum, batch.text_momentum, progress)
+        return self.filter.keep(batch.by_momentum.image, batch.by_momentum.text, progress)
 
 
 def _mean(values: list[Tensor]) -> Tensor:

@@ -22,22 +22,39 @@ _EXCLUDED = -1e4
 
 
 @dataclass
+class MomentumFeatures:
+    """What the momentum towers make of the whole global batch, gathered in rank order, without gradient.
+
+    Attributes:
+        image, text: (W*B, D) float32, unit norm.
+    """
+
+    image: Tensor
+    text: Tensor
+
+
+@dataclass
 class PairFeatures:
-    """A batch of pairs on one rank, with the momentum features of the whole global batch.
+    """A batch of pairs on one rank, and what it needs to know of the global batch.
 
     Attributes:
         image, text: (B, D) float32, unit norm, with gradient.
         item_ids: (B,) int64.
-        image_momentum, text_momentum, all_item_ids: (W*B, D), (W*B, D), (W*B,), gathered in rank order, without
-            gradient.
+        all_item_ids: (W*B,) int64, gathered in rank order.
+        momentum: None if no level looks at it.
     """
 
     image: Tensor
     text: Tensor
     item_ids: Tensor
-    image_momentum: Tensor
-    text_momentum: Tensor
     all_item_ids: Tensor
+    momentum: MomentumFeatures | None = None
+
+    @property
+    def by_momentum(self) -> MomentumFeatures:
+        """The momentum features, where a level needs them."""
+        assert self.momentum is not None
+        return self.momentum
 
     @property
     def own_rows(self) -> slice:
@@ -77,12 +94,12 @@ def retrieval_tasks(
             images, texts = gather_with_gradient(batch.image), gather_with_gradient(batch.text)
             tasks.append(_tasks(batch, (images, texts), images, texts, others_in_batch, temperature))
         if in_batch != "online" or queue.size:
-            own = batch.image_momentum, batch.text_momentum
+            positives = batch.by_momentum.image, batch.by_momentum.text
             images, texts, allowed = queue.image, queue.text, queue.negatives_of(batch.item_ids)
             if in_batch == "momentum":
-                images, texts = torch.cat([own[0], images]), torch.cat([own[1], texts])
+                images, texts = torch.cat([positives[0], images]), torch.cat([positives[1], texts])
                 allowed = torch.cat([others_in_batch, allowed], dim=1)
-            tasks.append(_tasks(batch, own, images, texts, allowed, temperature))
+            tasks.append(_tasks(batch, positives, images, texts, allowed, temperature))
         return tasks
 
 
@@ -91,14 +108,14 @@ def momentum_tasks(
     batch: PairFeatures, queue: FeatureQueue, temperature: Tensor, in_batch: str
 ) -> list[RetrievalTasks]:
     """The same choices over the same pairs as `retrieval_tasks` gives, as the momentum towers make them."""
-    own = batch.own_rows
-    asked = replace(batch, image=batch.image_momentum[own], text=batch.text_momentum[own])
+    rows = batch.own_rows
+    asked = replace(batch, image=batch.by_momentum.image[rows], text=batch.by_momentum.text[rows])
     return retrieval_tasks(asked, queue, temperature, in_batch)
 
 
 def _tasks(
     batch: PairFeatures,
-    own: tuple[Tensor, Tensor],
+    positives: tuple[Tensor, Tensor],
     images: Tensor,
     texts: Tensor,
     allowed: Tensor,
@@ -107,15 +124,15 @@ def _tasks(
     """Both directions among the pairs' own features, (W*B, D) of images and of texts, and others (N, D) of which
     `allowed` (B, N) says which are candidates."""
 
-    def similarities(anchors: Tensor, positives: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-        return (anchors * positives[batch.own_rows]).sum(dim=1, keepdim=True), anchors @ others.T
+    def similarities(anchors: Tensor, partners: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+        return (anchors * partners[batch.own_rows]).sum(dim=1, keepdim=True), anchors @ others.T
 
     def log_probabilities(positive: Tensor, others: Tensor) -> Tensor:
         logits = torch.cat([positive, others], dim=1) / temperature
         logits[:, 1:].masked_fill_(~allowed, _EXCLUDED)
         return torch.log_softmax(logits, dim=1)
 
-    to_text, to_image = similarities(batch.image, own[1], texts), similarities(batch.text, own[0], images)
+    to_text, to_image = similarities(batch.image, positives[1], texts), similarities(batch.text, positives[0], images)
     negative = sum((others.detach() * allowed).sum() for _, others in (to_text, to_image))
     return RetrievalTasks(
         log_probabilities(*to_text),

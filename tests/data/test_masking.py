@@ -6,6 +6,7 @@ from cots.data.sample_draws import SampleDraws
 from cots.errors import ConfigError
 
 PAD, CLS, SEP, MASK = 0, 101, 102, 103
+SPECIAL = torch.tensor([PAD, CLS, SEP])
 DRAWS = SampleDraws(0, torch.device("cpu"))
 
 
@@ -51,7 +52,7 @@ def _captions(lengths: list[int], length: int = 32) -> torch.Tensor:
 
 def test_words_are_hidden_as_bert_does() -> None:
     token_ids = _captions([20] * 4000)
-    hidden = hide_words(token_ids, 0.15, MASK, [PAD, CLS, SEP], 30_000, DRAWS)
+    hidden = hide_words(token_ids, 0.15, MASK, SPECIAL, 30_000, DRAWS)
     asked = hidden.targets != IGNORED
     assert asked.sum(dim=1).tolist() == [3] * 4000
     original = token_ids.gather(1, hidden.places)
@@ -65,7 +66,7 @@ def test_words_are_hidden_as_bert_does() -> None:
 
 
 def test_short_and_empty_captions() -> None:
-    hidden = hide_words(_captions([1, 2, 0, 30]), 0.15, MASK, [PAD, CLS, SEP], 30_000, DRAWS)
+    hidden = hide_words(_captions([1, 2, 0, 30]), 0.15, MASK, SPECIAL, 30_000, DRAWS)
     asked = (hidden.targets != IGNORED).sum(dim=1)
     assert asked.tolist() == [1, 1, 0, 4]  # 15 % of 30 is 4.5, rounded to the even 4
-    assert not torch.isin(hidden.targets, torch.tensor([PAD, CLS, SEP])).any()
+    assert not torch.isin(hidden.targets, SPECIAL).any()

@@ -9,9 +9,9 @@ CPU = torch.device("cpu")
 
 def _augment(pixels: torch.Tensor, token_ids: torch.Tensor, draws: SampleDraws) -> list[torch.Tensor]:
     """All that a step draws for its samples, in the step's order."""
-    jittered = ColorJitter(0.5)(pixels, draws)
+    jittered = ColorJitter(0.5, CPU)(pixels, draws)
     places = hide_patches(len(pixels), 7, 0.4, draws)
-    words = hide_words(token_ids, 0.15, 103, [0, 101, 102], 30_000, draws)
+    words = hide_words(token_ids, 0.15, 103, torch.tensor([0, 101, 102]), 30_000, draws)
     return [jittered, places, words.token_ids, words.places, words.targets]
 
 

@@ -14,6 +14,7 @@ from cots.data.square_transform import SquareTransform
 from cots.data.transforms import ColorJitter, TrainingTransform
 
 SIZES = [(320, 240), (240, 320), (64, 64), (65, 64), (33, 200), (1000, 37), (63, 1)]
+CPU = torch.device("cpu")
 MODES = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 
 
@@ -105,7 +106,7 @@ class _OneFactor(SampleDraws):
     """One of the four factors of `ColorJitter` moves, the others stay where they were."""
 
     def __init__(self, factor: int, draws: torch.Tensor) -> None:
-        super().__init__(0, torch.device("cpu"))
+        super().__init__(0, CPU)
         self.factor, self.draws = factor, draws
 
     def uniform(self, samples: int, *shape: int) -> torch.Tensor:
@@ -121,7 +122,7 @@ class _OneFactor(SampleDraws):
 def test_each_factor_alone_is_torchvisions(factor: int, twin: object, tolerance: int) -> None:
     pixels = torch.randint(0, 256, (6, 3, 24, 24), dtype=torch.uint8)
     draws = torch.rand(6)
-    ours = ColorJitter(0.8)(pixels, _OneFactor(factor, draws))
+    ours = ColorJitter(0.8, CPU)(pixels, _OneFactor(factor, draws))
     for picture, jittered, draw in zip(pixels, ours, draws.tolist()):
         theirs = twin(picture, 1 + (2 * draw - 1) * 0.8)
         assert (jittered.int() - theirs.int()).abs().max() <= tolerance  # torchvision truncates and rounds its grey
@@ -129,7 +130,7 @@ def test_each_factor_alone_is_torchvisions(factor: int, twin: object, tolerance:
 
 def test_hue_turns_colours_and_leaves_grey_and_luma() -> None:
     pixels = torch.tensor([[120.0, 120, 120], [140, 110, 110]]).to(torch.uint8)[:, :, None, None].expand(2, 3, 4, 4)
-    grey, red = ColorJitter(1.0)(pixels, _OneFactor(3, torch.tensor([1.0, 1.0]))).float()  # hue by a quarter turn
+    grey, red = ColorJitter(1.0, CPU)(pixels, _OneFactor(3, torch.tensor([1.0, 1.0]))).float()  # hue by a quarter turn
     assert (grey - 120).abs().max() <= 1
     assert abs(red[1, 0, 0] - red[2, 0, 0]) > 20
     luma = torch.tensor([0.299, 0.587, 0.114])
@@ -138,8 +139,8 @@ def test_hue_turns_colours_and_leaves_grey_and_luma() -> None:
 
 def test_jitter_of_no_strength_is_the_identity_and_any_stays_uint8() -> None:
     pixels = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
-    draws = SampleDraws(0, torch.device("cpu"))
-    assert torch.equal(ColorJitter(0.0)(pixels, draws), pixels)
-    jittered = ColorJitter(0.9)(pixels, draws)
+    draws = SampleDraws(0, CPU)
+    assert torch.equal(ColorJitter(0.0, CPU)(pixels, draws), pixels)
+    jittered = ColorJitter(0.9, CPU)(pixels, draws)
     assert (jittered.dtype, jittered.shape) == (torch.uint8, pixels.shape)
     assert not torch.equal(jittered, pixels)

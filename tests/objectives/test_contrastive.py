@@ -8,7 +8,7 @@ from cots.config import ContrastiveConfig, ObjectiveConfig
 from cots.objectives.collaborative import CollaborativeObjective
 from cots.objectives.contrastive import contrastive_losses, info_nce
 from cots.objectives.feature_queue import FeatureQueue
-from cots.objectives.retrieval import PairFeatures, retrieval_tasks
+from cots.objectives.retrieval import MomentumFeatures, PairFeatures, retrieval_tasks
 
 D = 8
 
@@ -20,9 +20,8 @@ def _unit(*shape: int) -> torch.Tensor:
 def _batch(item_ids: list[int]) -> PairFeatures:
     count = len(item_ids)
     ids = torch.tensor(item_ids)
-    return PairFeatures(
-        _unit(count, D).requires_grad_(), _unit(count, D).requires_grad_(), ids, _unit(count, D), _unit(count, D), ids
-    )
+    momentum = MomentumFeatures(_unit(count, D), _unit(count, D))
+    return PairFeatures(_unit(count, D).requires_grad_(), _unit(count, D).requires_grad_(), ids, ids, momentum)
 
 
 def _losses(batch: PairFeatures, queue: FeatureQueue, temperature: float, in_batch: str = "none") -> torch.Tensor:
@@ -39,8 +38,8 @@ def _naive_losses(batch: PairFeatures, queue: FeatureQueue, temperature: float, 
         queued = [j for j in filled if queue.item_ids[j].item() != item]
         choices = []
         for anchor, momentum, online, rows in (
-            (batch.image[i], batch.text_momentum, batch.text, queue.text),
-            (batch.text[i], batch.image_momentum, batch.image, queue.image),
+            (batch.image[i], batch.by_momentum.text, batch.text, queue.text),
+            (batch.text[i], batch.by_momentum.image, batch.image, queue.image),
         ):
             if in_batch == "online":
                 choices.append((anchor, [online[i], *(online[j] for j in others)]))
@@ -75,7 +74,7 @@ def test_only_online_features_get_gradient() -> None:
     _losses(batch, queue, 0.1, "momentum").sum().backward()
     assert batch.image.grad is not None
     assert batch.text.grad is not None
-    assert not batch.image_momentum.requires_grad
+    assert not batch.by_momentum.image.requires_grad
     assert not queue.image.requires_grad
 
 

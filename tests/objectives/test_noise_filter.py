@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from cots.config import ContrastiveConfig, NoiseFilterConfig, ObjectiveConfig
 from cots.objectives.collaborative import CollaborativeObjective
 from cots.objectives.noise_filter import NoiseFilter
-from cots.objectives.retrieval import PairFeatures
+from cots.objectives.retrieval import MomentumFeatures, PairFeatures
 
 D = 8
 
@@ -48,7 +48,7 @@ def _batch(similarities: list[float]) -> PairFeatures:
     def online() -> torch.Tensor:
         return F.normalize(torch.randn(count, D), dim=1).requires_grad_()
 
-    return PairFeatures(online(), online(), ids, *_pairs_with(similarities), ids)
+    return PairFeatures(online(), online(), ids, ids, MomentumFeatures(*_pairs_with(similarities)))
 
 
 def test_a_filtered_pair_gets_no_gradient_and_does_not_dilute_the_mean() -> None:
@@ -70,9 +70,8 @@ def test_a_filtered_pair_gets_no_gradient_and_does_not_dilute_the_mean() -> None
     plain.queue = objective.queue
     rows = torch.tensor([0, 2])
     ids = batch.item_ids[rows]
-    kept = PairFeatures(
-        batch.image[rows], batch.text[rows], ids, batch.image_momentum[rows], batch.text_momentum[rows], ids
-    )
+    momentum = MomentumFeatures(batch.by_momentum.image[rows], batch.by_momentum.text[rows])
+    kept = PairFeatures(batch.image[rows], batch.text[rows], ids, ids, momentum)
     assert output.loss.item() == pytest.approx(plain(kept).loss.item(), rel=1e-5)
 
 

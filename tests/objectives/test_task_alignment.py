@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from cots.config import ObjectiveConfig
 from cots.objectives.collaborative import CollaborativeObjective
 from cots.objectives.feature_queue import FeatureQueue
-from cots.objectives.retrieval import PairFeatures, RetrievalTasks, retrieval_tasks
+from cots.objectives.retrieval import MomentumFeatures, PairFeatures, RetrievalTasks, retrieval_tasks
 from cots.objectives.task_alignment import agreement, alignment_losses, kl_divergence
 
 D = 8
@@ -58,15 +58,16 @@ def test_what_is_no_candidate_adds_nothing_and_gives_no_nan() -> None:
     queue = FeatureQueue(9, D)
     queue.enqueue(unit(4), unit(4), torch.arange(4))
     ids = torch.tensor([1, 20])
-    batch = PairFeatures(unit(2).requires_grad_(), unit(2).requires_grad_(), ids, unit(2), unit(2), ids)
+    momentum = MomentumFeatures(unit(2), unit(2))
+    batch = PairFeatures(unit(2).requires_grad_(), unit(2).requires_grad_(), ids, ids, momentum)
     (tasks,) = retrieval_tasks(batch, queue, torch.tensor(0.05), "none")
     losses = alignment_losses(tasks)
     losses.sum().backward()
     assert torch.isfinite(losses).all()
     assert torch.isfinite(batch.image.grad).all()
     for row, rows in ((0, [0, 2, 3]), (1, [0, 1, 2, 3])):
-        to_text = [batch.image[row] @ batch.text_momentum[row], *(batch.image[row] @ queue.text[j] for j in rows)]
-        to_image = [batch.text[row] @ batch.image_momentum[row], *(batch.text[row] @ queue.image[j] for j in rows)]
+        to_text = [batch.image[row] @ batch.by_momentum.text[row], *(batch.image[row] @ queue.text[j] for j in rows)]
+        to_image = [batch.text[row] @ batch.by_momentum.image[row], *(batch.text[row] @ queue.image[j] for j in rows)]
         expected = _naive_symmetric_kl([s.item() / 0.05 for s in to_text], [s.item() / 0.05 for s in to_image])
         assert losses[row].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
@@ -95,7 +96,7 @@ def test_momentum_targets_are_the_mean_of_both_directions(in_batch: str, queue_s
     objective.queue.enqueue(unit(6), unit(6), torch.arange(10, 16))
     ids = torch.arange(3)
     image, text, slow_image, slow_text = unit(3).requires_grad_(), unit(3).requires_grad_(), unit(3), unit(3)
-    output = objective(PairFeatures(image, text, ids, slow_image, slow_text, ids))
+    output = objective(PairFeatures(image, text, ids, ids, MomentumFeatures(slow_image, slow_text)))
 
     def choice(anchor: torch.Tensor, own: torch.Tensor, others: list[torch.Tensor]) -> torch.Tensor:
         return (torch.stack([own, *others]) @ anchor / 0.1).softmax(0)

@@ -13,6 +13,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from cots.config import ModelConfig, PretrainConfig
+from cots.model.visual_tokenizer import VisualTokenizer, save_visual_tokenizer
+from cots.tokenizer_config import VisualTokenizerConfig
 
 COLORS = {"red": (220, 30, 30), "green": (30, 180, 50), "blue": (40, 60, 220), "yellow": (235, 220, 40)}
 SHAPES = ("square", "ball", "boat")
@@ -109,3 +111,25 @@ def make_config(
         return PretrainConfig.model_validate(values)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def visual_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("visual_tokenizer")
+    config = VisualTokenizerConfig(codebook_size=32, code_dim=8, width=16, min_width=8, blocks=1, image_size=32)
+    save_visual_tokenizer(directory, VisualTokenizer(config))
+    return str(directory)
+
+
+@pytest.fixture
+def every_level(visual_tokenizer: str) -> dict:
+    """The section of an objective with all levels on."""
+    return {
+        "momentum": 0.9,
+        "learn_temperature": True,
+        "contrastive": {"queue_size": 50, "in_batch": "online"},
+        "masked_modeling": {"image_weight": 0.5, "text_weight": 0.5, "visual_tokenizer": visual_tokenizer},
+        "task_alignment": {"weight": 0.3},
+        "noise_filter": {"queue_size": 16, "start": 0.0},
+    }

@@ -18,9 +18,7 @@ from killed import first_steps, kill_at
 from cots.config import PretrainConfig
 from cots.errors import ConfigError, TrainingError
 from cots.model.pretrained import load_model
-from cots.model.visual_tokenizer import VisualTokenizer, save_visual_tokenizer
-from cots.objectives.retrieval import PairFeatures
-from cots.tokenizer_config import VisualTokenizerConfig
+from cots.objectives.retrieval import MomentumFeatures, PairFeatures
 from pretrain.distributed import Ranks
 from pretrain.loader import Batch
 from pretrain.step_cost import StepCost, step_flops
@@ -29,28 +27,6 @@ from pretrain.trainer import Run, pretrain
 MakeConfig = Callable[..., PretrainConfig]
 ROOT = Path(__file__).parents[2]
 ALONE = Ranks(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(scope="session")
-def visual_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    directory = tmp_path_factory.mktemp("visual_tokenizer")
-    config = VisualTokenizerConfig(codebook_size=32, code_dim=8, width=16, min_width=8, blocks=1, image_size=32)
-    save_visual_tokenizer(directory, VisualTokenizer(config))
-    return str(directory)
-
-
-@pytest.fixture
-def every_level(visual_tokenizer: str) -> dict:
-    """The section of an objective with all levels on."""
-    return {
-        "momentum": 0.9,
-        "learn_temperature": True,
-        "contrastive": {"queue_size": 50, "in_batch": "online"},
-        "masked_modeling": {"image_weight": 0.5, "text_weight": 0.5, "visual_tokenizer": visual_tokenizer},
-        "task_alignment": {"weight": 0.3},
-        "noise_filter": {"queue_size": 16, "start": 0.0},
-    }
 
 
 def _rows(run: Path) -> list[dict]:
@@ -82,6 +58,21 @@ def test_every_level_is_trained_and_logged_by_name(make_config: MakeConfig, ever
     )
     assert rows[-1]["loss"] == pytest.approx(total, rel=1e-4)
     assert load_model(str(run)).encode_texts(["a red ball"]).shape == (1, 32)  # the heads stay behind
+
+
+def test_towers_that_no_level_looks_at_are_not_kept(make_config: MakeConfig) -> None:
+    """By in-batch negatives alone there is no momentum encoder, in memory, in a step or in a checkpoint."""
+    contrastive = {"queue_size": 0, "in_batch": "online"}
+    run = Run(make_config(objective={"contrastive": contrastive}, training={"epochs": 1}), ALONE)
+    assert run.stepper.momentum is None
+    assert run.stepper.losses(next(run._batches()), 0.5).features.momentum is None
+    run.train()
+    run.telemetry.close()
+    checkpoint = torch.load(max(run.directory.glob("checkpoints/*.pt")))
+    assert checkpoint["momentum"] is None
+    again = Run(make_config(objective={"contrastive": contrastive}, training={"epochs": 1, "resume": True}), ALONE)
+    again.telemetry.close()
+    assert again.step == run.step
 
 
 def test_a_level_of_weight_0_is_neither_computed_nor_logged(make_config: MakeConfig, every_level: dict) -> None:
@@ -123,7 +114,7 @@ def _pairs_of_others(run: Run) -> PairFeatures:
     torch.manual_seed(3)
     unit = torch.nn.functional.normalize(torch.randn(2, 20, 32), dim=2)
     ids = torch.arange(1000, 1020)
-    return PairFeatures(unit[0], unit[1], ids, unit[0], unit[1], ids)
+    return PairFeatures(unit[0], unit[1], ids, ids, MomentumFeatures(unit[0], unit[1]))
 
 
 @pytest.mark.parametrize(("image_size", "crop"), [(65, None), (100, 70), (96, 64)])
@@ -135,7 +126,7 @@ def test_hidden_patches_are_those_of_the_tower(
     model["image_tower"] = {"name": "test_efficientnet", "image_size": image_size, "pooling": "mean"}
     run = Run(make_config(model=model, objective=every_level, data={"image_size": crop}), ALONE)
     batch = next(run._batches())
-    patches, _ = run.stepper.hide(batch.pixels, batch.token_ids)
+    patches = run.stepper.hide(batch).patches
     tokens = run.stepper.network.encoder.encode_image(batch.pixels).tokens
     run.telemetry.close()
     assert patches is not None
