@@ -25,7 +25,7 @@ from cots.model.caption_tokenizer import CaptionTokenizer
 from pretrain.loader_workers import WorkerLoader
 from pretrain.pair_sources import Pair, PairSource, name_of
 
-SUBSTITUTES = 16  # tried in place of an item that cannot be read
+ATTEMPTS = 16  # items that are tried for a sample: its own, and others in place of what cannot be read
 
 
 @dataclass
@@ -92,12 +92,12 @@ class TrainingPairs(Dataset[tuple[Any, ...]]):
         with torch.random.fork_rng(devices=[]):
             # the CPU's alone: torch.manual_seed seeds every GPU too, whose generators are the model's
             torch.default_generator.manual_seed(_seed_of(self.seed, place))
-            for actual in substitutes(index, len(self)):
+            for actual in attempts(index, len(self)):
                 try:
                     return (*self._load(actual), actual, bad)
                 except MediaError as error:
                     bad.append((name_of(self.sources, actual), error.reason))
-        raise TrainingError(f"{SUBSTITUTES} samples in a row could not be read, the last {bad[-1][0]}: {bad[-1][1]}.")
+        raise none_readable(bad)
 
     def _locate(self, index: int) -> tuple[PairSource, int]:
         source = int(np.searchsorted(self.starts, index, side="right")) - 1
@@ -122,10 +122,16 @@ class TrainingPairs(Dataset[tuple[Any, ...]]):
         return torch.stack(pixels), self.tokenizer(thinned, pad_to_max=True), item_id(pair, index)
 
 
-def substitutes(index: int, count: int) -> list[int]:
+def attempts(index: int, count: int) -> list[int]:
     """An item among `count`, and those that take its place, in turn, if it cannot be read."""
     stride = 7919 if count % 7919 else 1  # a prime, so that the items differ for as long as there are others
-    return [(index + attempt * stride) % count for attempt in range(SUBSTITUTES)]
+    return [(index + attempt * stride) % count for attempt in range(ATTEMPTS)]
+
+
+def none_readable(bad: Sequence[tuple[str, str]]) -> TrainingError:
+    """What ends a training when none of the `attempts` at a sample, of which these are name and reason, succeeds."""
+    name, reason = bad[-1]
+    return TrainingError(f"{len(bad)} samples in a row could not be read, the last {name}: {reason}.")
 
 
 def item_id(pair: Pair, number: int) -> int:
@@ -181,7 +187,10 @@ def steps_per_epoch(lengths: Sequence[int], weights: Sequence[float], batch_size
     """
     for length, weight in zip(lengths, weights):
         if round(length * weight) == 0:
-            raise SourceError(f"{length} items of weight {weight:g} in data.train are none an epoch; raise it.")
+            raise SourceError(
+                f"A source of {length} items with weight {weight:g} contributes no sample to an epoch; raise its "
+                "weight in data.train."
+            )
     samples = sum(round(length * weight) for length, weight in zip(lengths, weights))
     if samples < batch_size:
         raise SourceError(
@@ -218,7 +227,6 @@ def training_loader(
         partial(collate, frames=config.frames_per_item),
         batch_sampler=sampler,
         pin_memory=pin_memory,
-        prefetch_factor=4 if config.workers else None,
     )
 
 

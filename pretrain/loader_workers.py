@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, default_conve
 
 from cots.errors import CotsError
 
+_AHEAD = 4  # batches, of which each worker has so many loaded or in hand
 _FOR_THE_TRAINER = (signal.SIGINT, signal.SIGTERM)
 _PRELOADED = ["pretrain.loader", "pretrain.source_check", "pretrain.tokenizer_pictures"]
 _started: WeakSet[BaseProcess] = WeakSet()
@@ -117,6 +118,7 @@ def _worker_options(workers: int) -> dict[str, Any]:
         context = _ServedContext()
     return {
         "num_workers": workers,
+        "prefetch_factor": _AHEAD if workers else None,
         "multiprocessing_context": context,
         "worker_init_fn": _begin,
         # the global generator belongs to the model's dropout: a resumed run must find it as it was

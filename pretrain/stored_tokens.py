@@ -71,14 +71,7 @@ class TokenizedPairs(TrainingPairs):
 
 def tokenized_loader(pairs: TokenizedPairs, workers: int, sampler: StepSampler, *, pin_memory: bool) -> WorkerLoader:
     """A loader of this rank's `Batch`, visual tokens among it, for each of the sampler's steps."""
-    return WorkerLoader(
-        pairs,
-        workers,
-        _collate,
-        batch_sampler=sampler,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
-    )
+    return WorkerLoader(pairs, workers, _collate, batch_sampler=sampler, pin_memory=pin_memory)
 
 
 def _collate(items: list[tuple[Any, ...]]) -> Batch:

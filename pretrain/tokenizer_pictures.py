@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from cots.data.device_augmentation import DRAWS
 from cots.data.square_transform import SquareTransform
 from cots.errors import MediaError, MissingDependency, TrainingError
-from pretrain.loader import SUBSTITUTES, StepSampler, substitutes
+from pretrain.loader import StepSampler, attempts, none_readable
 from pretrain.loader_workers import WorkerLoader
 from pretrain.pair_sources import CLIP_FRAMES, PairSource, name_of
 from pretrain.pixel_cache import uniform_draws
@@ -158,7 +158,6 @@ def squares_from_loader(
         _stack,
         batch_sampler=sampler,
         pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
     )
     for pixels, place, numbers, bad in loader:
         draws = uniform_draws(seed, place, len(pixels))
@@ -174,7 +173,7 @@ class _OneFrame(Dataset[tuple[Tensor, int, int, list[Bad]]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, list[Bad]]:
         place, index = key
         bad: list[Bad] = []
-        for actual in substitutes(index, len(self.frames)):
+        for actual in attempts(index, len(self.frames)):
             try:
                 squares = self.frames[actual]
             except (MediaError, MissingDependency) as error:
@@ -183,7 +182,7 @@ class _OneFrame(Dataset[tuple[Tensor, int, int, list[Bad]]]):
                 continue
             chosen = _frame(uniform_draws(self.seed, place, 1), np.array([len(squares)]))[0]
             return squares[chosen], place, actual, bad
-        raise TrainingError(f"{SUBSTITUTES} samples in a row could not be read, the last {bad[-1][0]}: {bad[-1][1]}.")
+        raise none_readable(bad)
 
 
 def _stack(items: list[tuple[Tensor, int, int, list[Bad]]]) -> tuple[Tensor, int, list[int], list[Bad]]:

@@ -12,7 +12,7 @@ from PIL import Image
 from cots.config import DataConfig, SourceConfig
 from cots.errors import SourceError, TrainingError
 from cots.model.caption_tokenizer import WordPieceTokenizer
-from pretrain.loader import SUBSTITUTES, Batch, StepSampler, epoch_order, steps_per_epoch, substitutes, training_loader
+from pretrain.loader import ATTEMPTS, Batch, StepSampler, attempts, epoch_order, steps_per_epoch, training_loader
 from pretrain.pair_sources import TablePairs, open_source
 
 LENGTHS, WEIGHTS = (10, 7, 4), (1.0, 2.5, 0.5)
@@ -69,7 +69,7 @@ def test_an_epoch_smaller_than_a_batch_is_refused() -> None:
 
 
 def test_a_source_of_which_an_epoch_has_nothing_is_refused() -> None:
-    with pytest.raises(SourceError, match=r"40 items of weight 0\.01 in data\.train are none an epoch; raise it"):
+    with pytest.raises(SourceError, match=r"source of 40 items with weight 0\.01 contributes no sample .* raise its"):
         steps_per_epoch([100, 40], [1.0, 0.01], 6)
 
 
@@ -145,9 +145,9 @@ def test_a_bad_sample_is_named_and_another_stands_in(
 
 @pytest.mark.parametrize("count", [16, 7919, 3 * 7919])
 def test_as_many_others_stand_in_as_there_are(count: int) -> None:
-    assert len(set(substitutes(5, count))) == SUBSTITUTES
-    assert substitutes(5, count)[0] == 5
-    assert set(substitutes(2, 3)) == {0, 1, 2}
+    assert len(set(attempts(5, count))) == ATTEMPTS
+    assert attempts(5, count)[0] == 5
+    assert set(attempts(2, 3)) == {0, 1, 2}
 
 
 def test_nothing_but_bad_samples_ends_the_training(
