@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pretrain.network import NetworkInput, TrainingNetwork
+from pretrain.network import NetworkInput, TrainingNetwork, still_statistics
 
 
 class EmbeddingCache:
@@ -30,7 +30,8 @@ class EmbeddingCache:
         for part in parts:
             self._random_states.append(_random_state(self._device))
             # with the graph of the second encoding, so that a compiled one draws the same dropout; it is dropped here
-            output = network(part.pixels, part.token_ids, counts=part.counts)
+            with still_statistics(network):
+                output = network(part.pixels, part.token_ids, counts=part.counts)
             embeddings.append((output.image.detach(), output.text.detach()))
             del output  # or the graphs of two parts would be there at once
         self.image, self.text = (torch.cat(side).requires_grad_() for side in zip(*embeddings))

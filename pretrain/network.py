@@ -2,11 +2,14 @@
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cots.config import MaskedModelingConfig, PretrainConfig
 from cots.data.masking import HiddenWords, patch_mask
@@ -120,7 +123,8 @@ class TrainingNetwork(nn.Module):
         scalars: dict[str, Tensor] = {}
         if self.image_head is not None and patches is not None:
             first = pixels if pixels.ndim == 4 else pixels[:, 0]
-            tokens = self.encoder.encode_image(first, patch_mask(patches.places, patches.grid)).tokens
+            with still_statistics(self.encoder.image_tower):
+                tokens = self.encoder.encode_image(first, patch_mask(patches.places, patches.grid)).tokens
             output = self.image_head(tokens, patches.places, patches.targets, text[::captions])
             losses = self.config.image_weight * output.losses
             scalars["loss_masked_image"] = output.losses.detach().mean()
@@ -134,6 +138,20 @@ class TrainingNetwork(nn.Module):
             scalars["loss_masked_text"] = output.losses.detach().mean()
             scalars["masked_text_accuracy"] = output.accuracy
         return NetworkOutput(image, text, losses, scalars)
+
+
+@contextmanager
+def still_statistics(network: nn.Module) -> Iterator[None]:
+    """Batch norms that are learning go by the batch, as ever, but their running statistics do not follow it: those are
+    of whole pictures, as a model sees them that is not trained any more."""
+    learning = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    for module in learning:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in learning:
+            module.track_running_stats = True
 
 
 def encode_items(encoder: DualEncoder, pixels: Tensor, counts: Counts) -> Tensor:
