@@ -128,6 +128,7 @@ class TokenizerRun(TrainingRun[VisualTokenizerTrainingConfig, Squares]):
             self.tokenizer.parameters(), config.optimizer.clip_norm or float("inf"), foreach=True
         )
         self.optimizer.step()
+        self.tokenizer.bound_sharpness()
         self.optimizer.zero_grad(set_to_none=True)
         revived = 0
         if objective.revival and (self.step + 1) % objective.revival_every == 0 and progress < objective.revival_end:

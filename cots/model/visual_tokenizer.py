@@ -91,7 +91,7 @@ class VisualTokenizer(nn.Module):
         features = self.encode(pixels)
         with full_precision(pixels.device):
             codes = F.normalize(self.codes.float(), dim=1)
-            sharpness = self.log_sharpness.float().exp().clamp(max=_MAX_SHARPNESS)
+            sharpness = self.log_sharpness.float().exp()
             log_probabilities = F.log_softmax(sharpness * (features @ codes.T), dim=1)
             weights = gumbel_softmax(log_probabilities, temperature, straight_through=straight_through)
             vectors = weights @ codes
@@ -113,6 +113,12 @@ class VisualTokenizer(nn.Module):
         dtype = self.codes.dtype
         scaled = (pixels.to(dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         return F.normalize(self.encoder(scaled).permute(0, 2, 3, 1).flatten(0, 2).float(), dim=1)
+
+    @torch.no_grad()
+    def bound_sharpness(self) -> None:
+        """Put a sharpness that a step took too high back onto the bound: the parameter itself, for what is clamped in
+        `forward` has no gradient beyond the bound and would never come back."""
+        self.log_sharpness.clamp_(max=math.log(_MAX_SHARPNESS))
 
     @torch.no_grad()
     def tokens(self, pixels: Tensor, grid: int) -> Tensor:

@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,11 +23,12 @@ from cots.errors import ConfigError, SourceError, TrainingError
 from cots.model.visual_tokenizer import load_visual_tokenizer
 from cots.tokenizer_config import VisualTokenizerTrainingConfig
 from pretrain.checkpoint import latest_checkpoint
+from pretrain.distributed import process_group
 from pretrain.launch import launch
 from pretrain.loader import StepSampler
 from pretrain.pair_sources import open_source
 from pretrain.tokenizer_pictures import SquareFrames, decode_all, squares_from_loader, squares_in_memory
-from pretrain.tokenizer_training import train_visual_tokenizer
+from pretrain.tokenizer_training import TokenizerRun, train_visual_tokenizer
 from pretrain.tokenizer_validation import figures, reconstruction_sheet
 from pretrain.trainer import pretrain
 
@@ -335,3 +337,24 @@ def test_clips_are_left_out_where_no_decoder_is_installed(
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "1 clip is left out: av (PyAV) is not installed" in done.stderr
+
+
+def test_the_sharpness_comes_back_from_its_bound(make_tokenizer_config: MakeConfig) -> None:
+    """Beyond a clamp it would have no gradient."""
+    with process_group("cpu") as ranks:
+        run = TokenizerRun(make_tokenizer_config(), ranks)
+    sharpness = run.tokenizer.log_sharpness
+    sharpness.data.fill_(math.log(150.0))
+    run.take_step(next(run._samples()))
+    assert sharpness.exp().item() == pytest.approx(100.0)
+
+    def pull_down(*_: object) -> None:
+        assert sharpness.grad is not None
+        assert sharpness.grad != 0
+        sharpness.grad.fill_(1.0)
+
+    run.optimizer.register_step_pre_hook(pull_down)
+    run.step = 1
+    run.take_step(next(run._samples()))
+    run.telemetry.close()
+    assert sharpness.exp().item() < 99.9
