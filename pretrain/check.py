@@ -23,7 +23,7 @@ from pretrain.pair_sources import open_source
 from pretrain.source_check import TINY, ItemFacts, Leak, SourceFacts, find_leaks, look_at
 from pretrain.start import starting_tokenizer
 from pretrain.trial import Trial, try_out
-from pretrain.unusable import entries_left_out
+from pretrain.unusable import entries_left_out, too_many
 from pretrain.validation import open_validation_source
 
 _NAMED = 3  # examples of each finding
@@ -180,7 +180,9 @@ def _judge_items(config: PretrainConfig, source: SourceFacts, report: CheckRepor
     elif broken:
         allowed = config.data.max_bad_share
         text = f"{source.path}: {len(broken)} of {looked_at} items cannot be used. {_examples(source, broken)}"
-        if len(broken) / looked_at > allowed:
+        weight = next(one.weight for one in config.data.train if one.path == source.path)
+        drawn = round(config.training.epochs * weight * len(source.source))  # a bad item counts whenever it is drawn
+        if too_many(round(len(broken) / looked_at * drawn), drawn, allowed):
             report.problems.append(f"{text} That is more than data.max_bad_share={allowed:g} allows.")
         else:
             report.warnings.append(f"{text} They will be skipped.")

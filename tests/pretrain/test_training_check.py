@@ -21,6 +21,8 @@ from pretrain.trial import try_out
 MakeConfig = Callable[..., PretrainConfig]
 WriteShard = Callable[..., Path]
 
+LONG = {"epochs": 20}  # so long that one bad item in twenty-five is drawn too often
+
 
 def _encoded(image: Image.Image, kind: str = "PNG") -> bytes:
     content = io.BytesIO()
@@ -72,7 +74,7 @@ def test_items_that_are_broken_tiny_twice_or_too_long_are_named(
         | _item("talk", _encoded(_photo(3)), "a red ball on white " * 5)
         | {"mute.png": _encoded(_photo(4))},
     )
-    report = examine(make_config(data=_only(shard)))
+    report = examine(make_config(data=_only(shard), training=LONG))
     (broken,) = report.problems
     assert "2 of 30 items cannot be used" in broken
     assert "broken: " in broken
@@ -85,16 +87,21 @@ def test_items_that_are_broken_tiny_twice_or_too_long_are_named(
     assert "mixed.tar::one = mixed.tar::other" in text
     assert "The longest has 27 (mixed.tar::talk)" in text  # five times five words, [CLS] and [SEP]
     with pytest.raises(TrainingError, match="1 thing would stop this run"):
-        check(make_config(data=_only(shard)))
+        check(make_config(data=_only(shard), training=LONG))
 
 
 def test_few_broken_items_are_skipped_and_stop_nothing(
     make_config: MakeConfig, shape_shard: WriteShard, tmp_path: Path
 ) -> None:
     shard = shape_shard(tmp_path / "mixed.tar", _item("broken", b"no picture"))
-    report = examine(make_config(data={**_only(shard), "max_bad_share": 0.1}))
-    assert report.problems == []
-    assert any("They will be skipped" in warning for warning in report.warnings)
+    for changes in ({"data": {"max_bad_share": 0.1}, "training": LONG}, {}):
+        report = examine(make_config(**{**changes, "data": {**_only(shard), **changes.get("data", {})}}))
+        assert report.problems == []
+        assert any("They will be skipped" in warning for warning in report.warnings)
+    pretrain(make_config(data=_only(shard)))
+    with pytest.raises(TrainingError, match=r"more than data\.max_bad_share allows"):
+        pretrain(make_config("long", data=_only(shard), training=LONG))
+    assert "max_bad_share" in examine(make_config("long2", data=_only(shard), training=LONG)).problems[0]
 
 
 def test_a_validation_source_must_be_whole(make_config: MakeConfig, shape_shard: WriteShard, tmp_path: Path) -> None:
