@@ -21,6 +21,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from cots.errors import ConfigError, TrainingError
+from pretrain.distributed import Ranks
 
 _PATTERN = "step-*.pt"
 _CANNOT_WRITE = {
@@ -191,11 +192,11 @@ def _join(numbers: list[int]) -> str:
     return " + ".join(f"{number:,}" for number in numbers)
 
 
-def random_state() -> list[dict[str, torch.Tensor]]:
-    """The random state of every rank, in rank order, on every rank."""
+def random_state(device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """The random state of every rank, in rank order, on every rank; `device` is where this one computes."""
     own = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        own["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        own["cuda"] = torch.cuda.get_rng_state(device)
     if not dist.is_initialized():
         return [own]
     states: list[Any] = [None] * dist.get_world_size()
@@ -203,11 +204,12 @@ def random_state() -> list[dict[str, torch.Tensor]]:
     return states
 
 
-def restore_random_state(states: list[dict[str, torch.Tensor]], rank: int, ranks: int, *seeds: int) -> None:
+def restore_random_state(states: list[dict[str, torch.Tensor]], ranks: Ranks, *seeds: int) -> None:
     """Give this rank back its random state; if another number of ranks saved theirs, one drawn from (seeds, rank)."""
-    if ranks != len(states):
-        torch.manual_seed(int(np.random.SeedSequence([*seeds, rank]).generate_state(1, np.uint64)[0]))
+    if ranks.count != len(states):
+        torch.manual_seed(int(np.random.SeedSequence([*seeds, ranks.rank]).generate_state(1, np.uint64)[0]))
         return
-    torch.set_rng_state(states[rank]["cpu"])
-    if "cuda" in states[rank] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states[rank]["cuda"])
+    own = states[ranks.rank]
+    torch.set_rng_state(own["cpu"])
+    if "cuda" in own and ranks.device.type == "cuda":
+        torch.cuda.set_rng_state(own["cuda"], ranks.device)

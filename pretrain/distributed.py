@@ -159,3 +159,13 @@ def sum_over_ranks(counts: Sequence[int]) -> list[int]:
     sums = torch.tensor(counts, dtype=torch.int64, device=device)
     dist.all_reduce(sums)
     return sums.tolist()
+
+
+def max_over_ranks(values: Sequence[float]) -> list[float]:
+    """The largest of each number over all ranks, on every rank."""
+    if not dist.is_initialized():
+        return list(values)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    largest = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()

@@ -120,8 +120,7 @@ class TrainingRun(ABC, Generic[Config, Step]):
 
     def _begin(self) -> None:
         """Stand where the first step begins, or the checkpoint ended; from here on ranks draw different numbers."""
-        training = self.config.training
-        torch.manual_seed(training.seed + 1 + self.ranks.rank)
+        torch.manual_seed(self.config.training.seed + 1 + self.ranks.rank)
         if self._before is not None:
             self._restore(self._before)
             self._before = None
@@ -129,17 +128,7 @@ class TrainingRun(ABC, Generic[Config, Step]):
             self.directory.mkdir(parents=True, exist_ok=True)
             written = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
             (self.directory / "config.yaml").write_text(written)
-        self.telemetry = Telemetry(
-            self.directory,
-            self.steps,
-            self.step,
-            training.batch_size,
-            self.ranks.first,
-            ranks=self.ranks.count,
-            settings=self.config.model_dump(mode="json"),
-            tensorboard=training.tensorboard,
-            wandb=training.wandb,
-        )
+        self.telemetry = Telemetry(self.config, self.ranks, self.steps, self.step)
 
     @property
     @abstractmethod
@@ -255,7 +244,7 @@ class TrainingRun(ABC, Generic[Config, Step]):
             )
 
     def _save(self) -> None:
-        random, parts = random_state(), self._state()  # meetings of all ranks, as is the sum
+        random, parts = random_state(self.device), self._state()  # meetings of all ranks, as is the sum
         samples = sum_over_ranks([self.samples_read, self.samples_bad])
         if not self.ranks.first:
             return
@@ -280,7 +269,7 @@ class TrainingRun(ABC, Generic[Config, Step]):
             rank, ranks = self.ranks.rank, self.ranks.count
             self.samples_read, self.samples_bad = ((count + rank) // ranks for count in state["samples"])
         self._ranks_before = len(state["random"])
-        restore_random_state(state["random"], self.ranks.rank, self.ranks.count, self.config.training.seed, self.step)
+        restore_random_state(state["random"], self.ranks, self.config.training.seed, self.step)
 
     def _as_now(self, before: dict[str, Any]) -> dict[str, Any]:
         """The settings of a checkpoint; those that are newer than it have their default."""

@@ -16,6 +16,9 @@ from pretrain.checkpoint import (
     save_checkpoint,
     writing_to,
 )
+from pretrain.distributed import Ranks
+
+CPU = torch.device("cpu")
 
 
 def test_the_last_few_are_kept_and_the_newest_is_found(tmp_path: Path) -> None:
@@ -106,17 +109,24 @@ def test_a_file_elsewhere_that_is_gone_is_no_fault_of_the_output(tmp_path: Path)
 
 def test_the_random_state_comes_back() -> None:
     torch.manual_seed(5)
-    states = random_state()
+    states = random_state(CPU)
     drawn = torch.rand(4)
-    restore_random_state(states, 0, 1, 7, 100)
+    restore_random_state(states, Ranks(0, 1, CPU), 7, 100)
     assert torch.equal(torch.rand(4), drawn)
 
 
+def test_a_gpu_that_is_not_used_is_not_asked_for_its_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (state,) = random_state(CPU)  # would fail without a GPU, and on one take memory of it
+    assert state.keys() == {"cpu"}
+    restore_random_state([{**state, "cuda": state["cpu"]}], Ranks(0, 1, CPU))
+
+
 def test_another_number_of_ranks_draws_anew_each_for_itself_and_alike_each_time() -> None:
-    states = random_state()
+    states = random_state(CPU)
 
     def draws(rank: int, ranks: int, *seeds: int) -> tuple[float, ...]:
-        restore_random_state(states, rank, ranks, *seeds)
+        restore_random_state(states, Ranks(rank, ranks, CPU), *seeds)
         return tuple(torch.rand(4).tolist())
 
     two = [draws(rank, 2, 7, 100) for rank in (0, 1)]
