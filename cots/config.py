@@ -231,6 +231,8 @@ class OptimizerConfig(Settings):
     weights, times the rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.98)
     """Decays per step of AdamW's averages of the gradient and of its square."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Added to the square root of the latter. CLIP was trained with 1e-6."""
     clip_norm: float = Field(1.0, ge=0)
     """Gradient norm is clipped here; 0: not."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -280,6 +282,8 @@ class TrainingConfig(Settings):
     """Steps between two rows of the log."""
     validate_every: int = Field(1, ge=0)
     """Epochs between two validations; 0: only at the end."""
+    validate_steps: int = Field(0, ge=0)
+    """Steps between two further validations; 0: none."""
     checkpoint_every: int = Field(1, ge=1)
     """Epochs between two checkpoints of the whole training state."""
     checkpoint_steps: int = Field(0, ge=0)

@@ -34,6 +34,7 @@ def create_optimizer(encoder: DualEncoder, objective: nn.Module, config: Optimiz
             for (peak, decay, _), parameters in groups.items()
         ],
         betas=config.betas,
+        eps=config.epsilon,
         fused=all(parameter.is_cuda for parameters in groups.values() for parameter in parameters),
     )
 

@@ -177,7 +177,6 @@ class TokenizerRun(TrainingRun[VisualTokenizerTrainingConfig, Squares]):
             directory = self.directory / "best"
             card = tokenizer_card(self.config, results)
             save_visual_tokenizer(directory, tokenizer, weights_dtype=self.config.training.weights_dtype, card=card)
-        self.telemetry.restart()
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -219,7 +218,7 @@ def _create_optimizer(tokenizer: VisualTokenizer, config: OptimizerConfig) -> to
         {"params": parameters, "lr": config.learning_rate, "peak": config.learning_rate, "weight_decay": decay}
         for parameters, decay in ((decayed, config.weight_decay), (others, 0.0))
     ]
-    return torch.optim.AdamW(groups, betas=config.betas, fused=others[0].is_cuda)
+    return torch.optim.AdamW(groups, betas=config.betas, eps=config.epsilon, fused=others[0].is_cuda)
 
 
 def tokenizer_card(config: VisualTokenizerTrainingConfig, results: dict[str, dict[str, float]]) -> str:

@@ -142,3 +142,9 @@ def test_rates_are_shares_of_each_groups_peak(encoder: DualEncoder) -> None:
     optimizer = create_optimizer(encoder, torch.nn.Module(), config)
     set_rates(optimizer, 0.25)
     assert {group["lr"] for group in optimizer.param_groups} == {2.5e-4, 2.5e-5}
+
+
+def test_adamw_is_as_configured(encoder: DualEncoder) -> None:
+    objective = CollaborativeObjective(ObjectiveConfig(), 32)
+    optimizer = create_optimizer(encoder, objective, OptimizerConfig(betas=(0.8, 0.9), epsilon=1e-6))
+    assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.8, 0.9), 1e-6)}
