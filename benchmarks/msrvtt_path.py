@@ -47,7 +47,7 @@ BROKEN = 7  # the number of the clip that is cut in half
 
 
 def write_clip(path: Path, number: int) -> Path:
-    """A texture that drifts, with noise: codec, length, rate and motion hang on `number`."""
+    """A texture that drifts, with noise: codec, length, rate and motion depend on `number`."""
     import av
 
     if path.exists():

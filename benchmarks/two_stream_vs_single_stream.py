@@ -3,7 +3,7 @@
     python benchmarks/two_stream_vs_single_stream.py                                  # 5,000 captions x 1,000 images
     python benchmarks/two_stream_vs_single_stream.py --device cpu --batch 8 --sample 32 --pairs 64 --pair-batch 8
 
-Dual encoder: ViT-B/16 at 224 px and BERT-base (the paper's size, random weights: time does not hang on them) encode
+Dual encoder: ViT-B/16 at 224 px and BERT-base (the paper's size, random weights: time does not depend on them) encode
 each image and each caption once; ranking is one matrix product and the ten best of each row.
 
 Single stream, for every pair: by default the same towers, whose tokens go together through a joint transformer of six

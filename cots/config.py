@@ -46,7 +46,7 @@ def _as_sources(value: Any) -> Any:
     listed = value if isinstance(value, list) else [value]
     for each in listed:
         if not isinstance(each, (str, dict, SourceConfig)):
-            raise ValueError(f"{each!r} is no source; give a path, or {{path: ..., weight: ...}}")
+            raise ValueError(f"{each!r} is not a source; give a path, or {{path: ..., weight: ...}}")
     return [{"path": each} if isinstance(each, str) else each for each in listed]
 
 

@@ -166,7 +166,7 @@ class Searcher:
                 depth = max(k, FUSED)
                 rankings = (self._best_items(query, depth, allowed), self._best_captions(result.query, depth, allowed))
                 found = fuse([[item for item, _ in ranking] for ranking in rankings])[:k]
-        if query is None:  # of what captions find, only a video's best moment hangs on what is shown
+        if query is None:  # of what captions find, only a video's best moment depends on what is shown
             with result.timing("encode"):
                 if any(len(self._moments(item, allowed)) > 1 for item, _ in found):
                     query = self._encode(result.query, None, "", None)

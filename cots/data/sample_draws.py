@@ -9,7 +9,7 @@ class SampleDraws:
     """Random numbers of a step's samples, the same for each sample on any number of ranks.
 
     Every rank draws those of the whole batch, which costs next to nothing, and takes the rows of its own samples. They
-    hang on the seed and the step alone, so that a checkpoint need not hold them.
+    depend on the seed and the step alone, so that a checkpoint need not hold them.
 
     Args:
         seed: of the training.

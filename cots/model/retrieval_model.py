@@ -34,7 +34,7 @@ class RetrievalModel(ABC):
             vectors, if by nothing better. A model of your own for which that would mean nothing says False; then no
             clip becomes a vector, and an evaluation on clips is refused.
         bulk: whether it encodes pictures in bfloat16, on a CPU that gains by it. Cosines with the vectors of float32
-            are above 0.999, but a measurement had better not hang on the processor.
+            are above 0.999, but a measurement had better not depend on the processor.
     """
 
     handles_video = True

@@ -49,7 +49,7 @@ def test_tokens_are_the_most_probable_codes_of_every_patch_row_by_row() -> None:
         assert tokens[picture, 4 * row + column] == cosines.argmax()
 
 
-def test_tokens_do_not_hang_on_the_batch_the_chunks_or_the_sharpness(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_do_not_depend_on_the_batch_the_chunks_or_the_sharpness(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = _tokenizer()
     pixels = _pictures(5, 32)
     tokens = tokenizer.tokens(pixels, 4)
