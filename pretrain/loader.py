@@ -8,6 +8,7 @@ access: their number need not fit the number of ranks or workers.
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from cots.config import DataConfig
+from cots.config import AugmentationConfig, DataConfig
 from cots.data.transforms import TrainingTransform
 from cots.errors import MediaError, SourceError, TrainingError
 from cots.model.caption_tokenizer import CaptionTokenizer
@@ -64,7 +65,8 @@ class Batch:
 
 class TrainingPairs(Dataset[tuple[Any, ...]]):
     """All sources one after another; item (place, index) -> frames (F, 3, S, S), token ids, item id, number of the
-    item, bad samples; F is 1 for a picture, at most frames_per_item for a clip."""
+    item, bad samples; F is 1 for a picture, at most frames_per_item for a clip. `target_size` is that of `open_image`.
+    """
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class TrainingPairs(Dataset[tuple[Any, ...]]):
         captions_per_item: int,
         frames_per_item: int,
         seed: int,
+        target_size: int | None = None,
     ) -> None:
         self.sources = sources
         self.frames_per_item = frames_per_item
@@ -82,6 +85,7 @@ class TrainingPairs(Dataset[tuple[Any, ...]]):
         self.transform = transform
         self.captions_per_item = captions_per_item
         self.seed = seed
+        self.target_size = target_size
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -113,13 +117,22 @@ class TrainingPairs(Dataset[tuple[Any, ...]]):
         captions = self._draw_captions(pair)
         wanted = self.frames_per_item
         # one moment in each of as many equal segments (TSN, Wang et al. 2016)
-        frames = pair.frames_at(((torch.arange(wanted) + torch.rand(wanted)) / wanted).tolist())
+        moments = (torch.arange(wanted) + torch.rand(wanted)) / wanted
+        frames = pair.frames_at(moments.tolist(), self.target_size)
         seed, pixels = int(torch.randint(2**62, ())), []
         for frame in frames:  # every frame of a clip is cropped and mirrored alike
             torch.default_generator.manual_seed(seed)
             one, thinned = self.transform(frame, captions)
             pixels.append(one)
         return torch.stack(pixels), self.tokenizer(thinned, pad_to_max=True), item_id(pair, index)
+
+
+def target_of_crops(image_size: int, config: AugmentationConfig) -> int:
+    """The `target_size` at which the smallest random crop of any picture still has `image_size` pixels a side, so that
+    a large JPEG loses nothing by being decoded smaller."""
+    longest = max(1 / config.crop_ratio[0], config.crop_ratio[1])  # aspect of a crop
+    share = math.sqrt(config.crop_scale[0] / longest)  # of the short side, where the picture is a square
+    return math.ceil(image_size / share / 2)  # `open_image` keeps twice its target
 
 
 def attempts(index: int, count: int) -> list[int]:
@@ -220,7 +233,15 @@ def training_loader(
 ) -> WorkerLoader:
     """A loader of this rank's `Batch` for each of the sampler's steps."""
     transform = TrainingTransform(image_size, config.augmentation)
-    pairs = TrainingPairs(sources, tokenizer, transform, config.captions_per_item, config.frames_per_item, sampler.seed)
+    pairs = TrainingPairs(
+        sources,
+        tokenizer,
+        transform,
+        config.captions_per_item,
+        config.frames_per_item,
+        sampler.seed,
+        target_of_crops(image_size, config.augmentation),
+    )
     return WorkerLoader(
         pairs,
         config.workers,

@@ -20,6 +20,7 @@ from cots.data.tables import plain_fields
 from cots.errors import MediaError, SourceError
 
 CLIP_FRAMES = 4  # of a clip, where its look is wanted
+_LEAST_TARGET = 188  # a JPEG of up to 500 x 375, which takes a millisecond or two, is decoded whole
 
 
 @dataclass
@@ -40,22 +41,25 @@ class Pair:
     def is_clip(self) -> bool:
         return sniff(self.media[:HEADER_BYTES], "", lambda: io.BytesIO(self.media)) == "video"
 
-    def frames(self, count: int) -> list[Image.Image]:
+    def frames(self, count: int, target_size: int | None = None) -> list[Image.Image]:
         """The picture, or `count` frames of the clip, spread evenly.
+
+        Args:
+            target_size: that of `open_image`, for pictures of more than 500 x 375; clips are decoded whole.
 
         Raises:
             MediaError: it cannot be decoded.
         """
-        return self.frames_at([(place + 0.5) / count for place in range(count)])
+        return self.frames_at([(place + 0.5) / count for place in range(count)], target_size)
 
-    def frames_at(self, shares: Sequence[float]) -> list[Image.Image]:
+    def frames_at(self, shares: Sequence[float], target_size: int | None = None) -> list[Image.Image]:
         """The picture, or the clip's frames at some shares of its duration; those that do not decode are missing.
 
         Raises:
             MediaError: none can be decoded.
         """
         if not self.is_clip:
-            return [open_image(self.media)]
+            return [open_image(self.media, target_size=target_size and max(target_size, _LEAST_TARGET))]
         from cots.data.video_io import read_frames
 
         return read_frames(self.media, shares=shares).images

@@ -89,7 +89,7 @@ class _Squares(Dataset[tuple[Tensor, list[str], int, tuple[str, str] | None]]):
         source, index = self.items[place]
         try:
             pair = source.read(index)
-            frames = torch.stack([self.transform(frame) for frame in pair.frames(self.clip_frames)])
+            frames = torch.stack([self.transform(frame) for frame in pair.frames(self.clip_frames, self.side)])
             return frames, list(pair.captions), item_id(pair, place), None
         except MediaError as error:
             nothing = torch.empty(0, 3, self.side, self.side, dtype=torch.uint8)

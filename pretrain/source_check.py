@@ -20,6 +20,7 @@ from cots.config import DataConfig
 from cots.data.transforms import TrainingTransform
 from cots.errors import MediaError
 from cots.model.caption_tokenizer import CaptionTokenizer
+from pretrain.loader import target_of_crops
 from pretrain.loader_workers import WorkerLoader
 from pretrain.pair_sources import CLIP_FRAMES, PairSource
 
@@ -40,7 +41,7 @@ class ItemFacts:
     Attributes:
         digest: of the file's content.
         broken: why it cannot be used; None: it can.
-        short_side: pixels.
+        short_side: pixels, of a large JPEG those that were decoded.
         longest: word pieces of its longest caption, uncut.
         sign: dHash, 64 bits; `miniature`: (8, 8, 3) uint8.
         seconds: that reading, decoding and augmenting took.
@@ -114,7 +115,7 @@ def look_at(
     found = SourceFacts(role, path, source)
     count = len(source)
     chosen = np.unique(np.linspace(0, count - 1, min(count, _DECODED)).round().astype(int)).tolist()
-    items = _Items(source, chosen, tokenizer, TrainingTransform(image_size, data.augmentation), data.captions_per_item)
+    items = _Items(source, chosen, tokenizer, data, image_size)
     workers = min(data.workers, os.cpu_count() or 1) if len(chosen) > _FEW else 0
     found.facts = list(WorkerLoader(items, workers, batch_size=None))
     for fact in found.facts:
@@ -143,11 +144,12 @@ class _Items(Dataset[ItemFacts]):
         source: PairSource,
         indices: Sequence[int],
         tokenizer: CaptionTokenizer | None,
-        transform: TrainingTransform,
-        captions: int,
+        data: DataConfig,
+        image_size: int,
     ) -> None:
         self.source, self.indices, self.tokenizer = source, indices, tokenizer
-        self.transform, self.captions = transform, captions
+        self.transform, self.captions = TrainingTransform(image_size, data.augmentation), data.captions_per_item
+        self.target_size = target_of_crops(image_size, data.augmentation)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -158,7 +160,7 @@ class _Items(Dataset[ItemFacts]):
         try:
             pair = self.source.read(fact.index)
             fact.digest = _digest(pair.media)
-            frames = pair.frames(CLIP_FRAMES)
+            frames = pair.frames(CLIP_FRAMES, self.target_size)
         except MediaError as error:
             fact.broken = error.reason
             return fact

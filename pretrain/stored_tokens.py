@@ -49,7 +49,7 @@ class TokenizedPairs(TrainingPairs):
     ) -> None:
         _refuse_parts_of_pictures(config)
         square = SquareTransform(size)
-        super().__init__(sources, tokenizer, square, config.captions_per_item, 1, seed)
+        super().__init__(sources, tokenizer, square, config.captions_per_item, 1, seed, size)
         self.square, self.flip = square, config.augmentation.flip
         self.grid, self.fingerprint = grid, fingerprint
 
@@ -62,7 +62,7 @@ class TokenizedPairs(TrainingPairs):
             tokens = stored_tokens(pair.stored, self.grid, self.fingerprint, mirrored)
         except SourceError as error:
             raise SourceError(f"{source.name(own)}: {error}.") from error
-        pixels = self.square(pair.frames(1)[0])
+        pixels = self.square(pair.frames(1, self.target_size)[0])
         if mirrored:
             pixels = pixels.flip(-1)
         token_ids = self.tokenizer(captions, pad_to_max=True)

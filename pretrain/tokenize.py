@@ -16,7 +16,6 @@ the size of its tower, for small towers on large grids, and where the pictures a
 """
 
 import argparse
-import io
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -27,14 +26,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cots.data.image_io import open_image
-from cots.data.media_kind import HEADER_BYTES, MEDIA_EXTENSIONS, sniff
+from cots.data.media_kind import MEDIA_EXTENSIONS
 from cots.data.shards import TarIndex
 from cots.data.square_transform import SquareTransform
 from cots.data.visual_tokens import MOST_CODES, pack_tokens, tokens_extension
 from cots.errors import MediaError, SourceError
 from cots.model.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 from pretrain.command import exit_code
+from pretrain.pair_sources import Pair
 from pretrain.whole_shard import write_whole_shard
 
 _AT_ONCE = 64
@@ -125,10 +124,11 @@ def _square(parts: dict[str, bytes], transform: SquareTransform) -> Tensor | str
     media = [content for name, content in parts.items() if name.rpartition(".")[2] in MEDIA_EXTENSIONS]
     if not media:
         return "the shard holds no picture for it"
-    if sniff(media[0][:HEADER_BYTES], "", lambda: io.BytesIO(media[0])) == "video":
+    pair = Pair(media[0], ())
+    if pair.is_clip:
         return None
     try:
-        return transform(open_image(media[0]))
+        return transform(pair.frames(1, transform.size)[0])
     except MediaError as error:
         return error.reason
 

@@ -44,7 +44,7 @@ class SquareFrames(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         source = int(np.searchsorted(self.starts, index, side="right")) - 1
         pair = self.sources[source].read(index - int(self.starts[source]))
-        return torch.stack([self.transform(frame) for frame in pair.frames(CLIP_FRAMES)])
+        return torch.stack([self.transform(frame) for frame in pair.frames(CLIP_FRAMES, self.transform.size)])
 
 
 @dataclass
