@@ -118,7 +118,6 @@ class Run(TrainingRun[PretrainConfig, Batch]):
                 self._measure(encoder)
             elif encoder is not None:
                 self._keep(encoder, {})  # nothing chose it, but it is what the training came to
-        self.telemetry.restart()
 
     def _measure(self, network: DualEncoder) -> None:
         """Validate on the first rank, and keep the model if it is the best so far."""

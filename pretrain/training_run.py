@@ -40,7 +40,8 @@ _FREE_ON_RESUMING: dict[str, set[str]] = {
     "data": {"workers", "validation", "max_bad_share"},
     "training": {
         "output", "resume", "device", "compile", "activation_checkpointing", "log_every", "validate_every",
-        "checkpoint_every", "checkpoint_steps", "keep_checkpoints", "weights_dtype", "tensorboard", "wandb",
+        "validate_steps", "checkpoint_every", "checkpoint_steps", "keep_checkpoints", "weights_dtype", "tensorboard",
+        "wandb",
     },
 }  # fmt: skip
 
@@ -148,7 +149,7 @@ class TrainingRun(ABC, Generic[Config, Step]):
 
     @abstractmethod
     def _validate(self) -> None:
-        """Measure, and keep what is best; called at the last step, and as often as `training.validate_every` says."""
+        """Measure, and keep what is best; called at the last step, and as often as the settings say."""
 
     @abstractmethod
     def _state(self) -> dict[str, Any]:
@@ -189,14 +190,16 @@ class TrainingRun(ABC, Generic[Config, Step]):
                 self.telemetry.step(scalars, waited, flops)
                 self.step += 1
                 last, stopping = self.step == self.steps, stop.requested()
-                every = training.checkpoint_steps
-                saving = self._due(training.checkpoint_every) or last or stopping or (every and self.step % every == 0)
-                # a row before each checkpoint: a run that goes on from it begins the next row as one that was not
-                # stopped does, and no weights are saved that are no numbers
-                if saving or self.step % training.log_every == 0 or self.step % self.epoch_steps == 0:
+                validating = last or self._due(training.validate_every, training.validate_steps)
+                saving = last or stopping or self._due(training.checkpoint_every, training.checkpoint_steps)
+                # A row before each checkpoint: a run that goes on from it begins the next row as one that was not
+                # stopped does, and no weights are saved that are no numbers. One before each validation, whose time
+                # and memory are not those of training.
+                if validating or saving or self._due(1, training.log_every):
                     self._log()
-                if self._due(training.validate_every) or last:
+                if validating:
                     self._validate()
+                    self.telemetry.restart()
                 if saving:
                     self._save()
                 if stopping and not last:
@@ -204,8 +207,9 @@ class TrainingRun(ABC, Generic[Config, Step]):
                     return
         self.telemetry.say(f"Done: {self.steps} steps; {self._outcome()}.")
 
-    def _due(self, epochs: int) -> bool:
-        return epochs > 0 and self.step % (epochs * self.epoch_steps) == 0
+    def _due(self, epochs: int, steps: int) -> bool:
+        """Whether so many epochs or so many steps have passed again; 0: neither counts."""
+        return any(every and self.step % every == 0 for every in (epochs * self.epoch_steps, steps))
 
     def _log(self) -> None:
         factor = rate_factor(self.step - 1, self.steps, self.config.optimizer)

@@ -122,7 +122,7 @@ def test_the_memory_of_a_validation_is_not_that_of_training(tmp_path: Path, monk
 def test_the_wait_is_that_of_the_rank_that_waits_longest(
     make_config: Callable[..., PretrainConfig], tmp_path: Path
 ) -> None:
-    config = make_config("two", training={"epochs": 1, "log_every": 2, "checkpoint_steps": 5})
+    config = make_config("two", training={"epochs": 1, "log_every": 2, "checkpoint_steps": 5, "validate_steps": 3})
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     (tmp_path / "slow.py").write_text(_SLOW_SECOND_RANK)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -132,7 +132,7 @@ def test_the_wait_is_that_of_the_rank_that_waits_longest(
     )
     lines = (Path(config.training.output) / "log.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "loss" in row]
-    assert [row["step"] for row in rows] == [2, 4, 5, 6]
+    assert [row["step"] for row in rows] == [2, 3, 4, 5, 6]
     waits = [row["data_wait"] for row in rows]
     assert statistics.median(waits) > 0.5
     assert max(waits) <= 1

@@ -18,6 +18,7 @@ from cots.errors import ConfigError, SourceError, TrainingError
 from cots.model.pretrained import load_model
 from pretrain.checkpoint import latest_checkpoint
 from pretrain.trainer import pretrain
+from pretrain.validation import criterion
 
 MakeConfig = Callable[..., PretrainConfig]
 WriteShard = Callable[..., Path]
@@ -119,6 +120,7 @@ def test_a_run_killed_at_any_moment_goes_on_bit_identically(make_config: MakeCon
     dropping = make_config().model.model_dump()
     dropping["text_tower"]["dropout"] = 0.1
     training = {"averaging": 0.9, "epochs": 15, "validate_every": 0, "checkpoint_every": 99, "checkpoint_steps": 7}
+    training["validate_steps"] = 10
     whole, parts = (make_config(name, model=dropping, training=training) for name in ("whole", "parts"))
     runs = [Path(config.training.output) for config in (whole, parts)]
     paths = [str(_write(config, run.with_suffix(".yaml"))) for config, run in zip((whole, parts), runs)]
@@ -140,9 +142,27 @@ def test_a_run_killed_at_any_moment_goes_on_bit_identically(make_config: MakeCon
     taken = [(row["step"], row["loss"]) for row in rows(runs[1])]
     assert len(taken) > 90  # some steps were taken again, alike each time
     assert set(taken) == set(losses.items())
+    one, other = ({row["step"]: row["validation"] for row in _rows(run) if "validation" in row} for run in runs)
+    assert sorted(one) == list(range(10, 91, 10))
+    assert other == one
+    kept = [(run / "best" / name).read_bytes() for run in runs for name in ("config.json", "MODEL_CARD.md")]
+    assert kept[:2] == kept[2:]
     one, other = (torch.load(run / "checkpoints" / "step-00000090.pt") for run in runs)
     for part in ("network", "momentum", "average", "objective"):
         assert all(torch.equal(one[part][name], other[part][name]) for name in one[part])
+
+
+def test_validation_within_an_epoch_chooses_the_best_model(make_config: MakeConfig) -> None:
+    """Between two rows that are due, whose steps none of them loses."""
+    training = {"epochs": 2, "validate_every": 0, "validate_steps": 4, "log_every": 5, "checkpoint_every": 9}
+    run = pretrain(make_config(training=training))
+    rows = _rows(run)
+    validated = {row["step"]: row["validation"] for row in rows if "validation" in row}
+    assert list(validated) == [4, 8, 12]
+    assert [row["step"] for row in rows if "loss" in row] == [4, 5, 6, 8, 10, 12]
+    sums = {step: criterion(results) for step, results in validated.items()}
+    state = torch.load(run / "checkpoints" / "step-00000012.pt", weights_only=True)
+    assert state["best"]["step"] == max(sums, key=lambda step: sums[step])
 
 
 def test_a_run_is_not_overwritten(make_config: MakeConfig) -> None:
