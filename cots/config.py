@@ -57,7 +57,7 @@ class AugmentationConfig(Settings):
     crop_scale: tuple[Share, Share] = (0.6, 1.0)
     """Area share of a random crop."""
     crop_ratio: tuple[Positive, Positive] = (0.75, 1.3333)
-    """Aspect range of a random crop."""
+    """Range of a random crop's aspect, width / height."""
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a mirror image; captions that say `left` or `right` keep theirs unmirrored."""
     color: float = Field(0.2, ge=0)
@@ -67,11 +67,11 @@ class AugmentationConfig(Settings):
     rand_augment: int = Field(0, ge=0, le=4)
     """Number of RandAugment operations, at most 4 (0: none)."""
     rand_augment_magnitude: int = Field(7, ge=0, le=30)
-    """Their strength, of 30 (Cubuk et al. 2020): at 30 a turn, say, is one of 30 degrees."""
+    """Strength of these operations, from 0 to 30 (Cubuk et al. 2020): at 30 a rotation is one of 30 degrees."""
     erase: float = Field(0.0, ge=0, le=1)
     """Probability that one random rectangle is erased."""
     drop_words: float = Field(0.0, ge=0, lt=1)
-    """Probability that a caption's word is left out."""
+    """Probability that a caption's word is left out; not with `cache_side`, which keeps no words."""
 
     @model_validator(mode="after")
     def _ranges_ascend(self) -> "AugmentationConfig":
@@ -83,8 +83,7 @@ class AugmentationConfig(Settings):
 
 class DataConfig(Settings):
     train: Sources = []
-    """Pairs to train on, at least one source of them, each a path or a path with its weight; one after another they are
-    numbered, and mixed in an epoch."""
+    """Sources of the pairs to train on, at least one, each a path or a path with its weight; an epoch mixes them."""
     validation: Sources = []
     """Pairs on which checkpoints are chosen. Never a test split: reported numbers would no longer mean anything."""
     image_size: int | None = Field(None, ge=16)
@@ -104,7 +103,7 @@ class DataConfig(Settings):
     workers: int = Field(2, ge=0)
     """Decoding processes per rank; threads where pictures are decoded once (`cache_side`, validation)."""
     max_bad_share: float = Field(0.01, ge=0, le=1)
-    """The run stops when more than this share of the samples could not be read; of fewer than 1,000, of 1,000."""
+    """The run stops when more than this share of the samples could not be read; fewer than 1,000 count as 1,000."""
 
 
 class ContrastiveConfig(Settings):

@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rate", type=float, default=FRAMES_PER_SECOND, help="frames a second")
     parser.add_argument("--short-side", type=int, default=SHORT_SIDE, help="pixels")
     parser.add_argument("--quality", type=int, default=QUALITY, help="of WebP")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="threads that decode and encode")
     parser.add_argument("--max-failures", type=float, default=0.01, help="share of items that may be left out")
     given = parser.parse_args(arguments)
     if min(given.rate, given.short_side, given.workers) <= 0:

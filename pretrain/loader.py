@@ -36,10 +36,10 @@ class Batch:
     token_ids: (B * captions_per_item, L) int64, the captions of an item side by side.
     item_ids: (B,) int64, equal for items that are relevant to each other's captions: those are no negatives.
     bad: name and reason of samples that could not be read and were replaced by others.
-    counts: how many frames each of the B items has: a picture one, a clip F. Behind them its frames are repeated,
-        so that whatever is computed of all F (the mean colour of a clip, say) is that of the item. Only the frames
-        that count go through the tower (see `DualEncoder.encode_video`); a batch has one shape, and its items fall as
-        the order of the epoch has them, the same for any number of ranks. None: all F.
+    counts: how many of its F frames each of the B items has of its own: a picture one, a clip F, or fewer if some do
+        not decode. The others repeat them, so that a batch has one shape, and whatever is computed of all F (the mean
+        colour of a clip, say) is that of the item. Only the frames that count go through the tower (see
+        `DualEncoder.encode_video`). None: all F.
     numbers: of the B items among all of all sources.
     visual_tokens: (B, N) int64, of the whole grid, if they are stored with the pictures.
     """

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, default_conve
 
 from cots.errors import CotsError
 
-_AHEAD = 4  # batches, of which each worker has so many loaded or in hand
+_AHEAD = 4  # batches that each worker loads before they are asked for
 _FOR_THE_TRAINER = (signal.SIGINT, signal.SIGTERM)
 _PRELOADED = ["pretrain.loader", "pretrain.source_check", "pretrain.tokenizer_pictures"]
 _started: WeakSet[BaseProcess] = WeakSet()

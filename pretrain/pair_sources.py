@@ -19,7 +19,7 @@ from cots.data.shards import TarIndex, read_captions
 from cots.data.tables import plain_fields
 from cots.errors import MediaError, SourceError
 
-CLIP_FRAMES = 4  # of a clip, where its look is wanted
+CLIP_FRAMES = 4  # that show what a clip looks like, where a step does not draw its own
 _LEAST_TARGET = 188  # a JPEG of up to 500 x 375, which takes a millisecond or two, is decoded whole
 
 

@@ -21,7 +21,7 @@ from pretrain.loader import Batch, StepSampler, item_id
 from pretrain.pair_sources import CLIP_FRAMES, PairSource
 from pretrain.read_all import read_all
 
-_CAPTIONS, _FRAMES = 16, 8  # numbers that are drawn for a sample's captions and frames, if none needs more
+_CAPTIONS, _FRAMES = 16, 8  # random numbers that each sample has for its captions and frames, where none needs more
 _SEGMENT_FRAMES = 3  # of a clip are kept for each frame that a step draws from it
 _PHILOX_WORDS = 4  # random numbers that one step of numpy's Philox counter gives
 
@@ -103,6 +103,7 @@ def cached_batches(
 
     Raises:
         SourceError: nothing could be read.
+        ConfigError: the augmentation cannot be done on the device (see `DeviceAugmentation`).
     """
     augment = DeviceAugmentation(image_size, config.augmentation)
     frame_counts, caption_counts = np.diff(cache.first_frame), np.diff(cache.first_caption)

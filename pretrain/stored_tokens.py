@@ -1,7 +1,7 @@
 """Training on visual tokens that lie in the shards beside their pictures, where `python -m pretrain.tokenize` put them.
 
-They name the whole picture or its mirror image, so that is what the tower is shown: the square that evaluation shows,
-mirrored at random. Crops, and whatever else moves or removes parts of a picture, would need other names.
+They are those of the whole picture or its mirror image, so that is what the tower is shown: the square that evaluation
+shows, mirrored at random. Crops, and whatever else moves or removes parts of a picture, would need other tokens.
 """
 
 from collections.abc import Sequence
@@ -85,12 +85,12 @@ def _refuse_parts_of_pictures(config: DataConfig) -> None:
         if getattr(augmentation, name) != needed:
             shown = list(needed) if isinstance(needed, tuple) else needed
             raise ConfigError(
-                "objective.masked_modeling.stored_tokens names whole pictures; set "
-                f"data.augmentation.{name}={shown}, or compute the tokens on the fly."
+                "objective.masked_modeling.stored_tokens takes the tokens of whole pictures; set "
+                f"data.augmentation.{name}={shown}, or stored_tokens=false to compute them on the fly."
             )
     if config.cache_side is not None or config.frames_per_item > 1:
         name = "cache_side=null" if config.cache_side is not None else "frames_per_item=1"
         raise ConfigError(
-            f"objective.masked_modeling.stored_tokens are read from shards, picture by picture; set data.{name}, or "
-            "compute the tokens on the fly."
+            f"objective.masked_modeling.stored_tokens reads them from shards, picture by picture; set data.{name}, or "
+            "stored_tokens=false to compute them on the fly."
         )

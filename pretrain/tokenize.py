@@ -5,9 +5,9 @@
 writes a copy of each shard with the tokens of every picture beside it (cots/data/visual_tokens.py says how they are
 stored). Clips are copied without: their frames are drawn anew each time.
 
-What is named is the whole picture, squashed, and its mirror image. So the tokens are for a training that shows whole
-pictures: objective.masked_modeling.stored_tokens=true with data.augmentation.crop_scale='[1, 1]', while flips and
-colours are free. For one that crops, the tokens have to be computed from the crop, on the fly.
+The tokens are those of the whole picture, squashed, and of its mirror image: for a training that shows whole pictures,
+objective.masked_modeling.stored_tokens=true with data.augmentation.crop_scale='[1, 1]', while flips and colours are
+free. For one that crops, the tokens have to be computed from the crop, on the fly.
 
 When it pays: seldom. The encoder of configs/visual_tokenizer.yaml takes 0.7 GFLOPs for a grid of 14 x 14 (1.8 for
 the base one), forward only, where a training step of ViT-B/16 at 224 px takes about 105; a trainer that computes tokens
@@ -107,11 +107,11 @@ def _with_tokens(
         pairs = [index.read(place) for place in batch]
         squares = list(threads.map(lambda parts: _square(parts, transform), pairs))
         pictures = [square for square in squares if isinstance(square, Tensor)]
-        named = iter(_name(torch.stack(pictures), tokenizer, grid)) if pictures else iter(())
+        tokens = iter(_tokens(torch.stack(pictures), tokenizer, grid)) if pictures else iter(())
         for place, parts, square in zip(batch, pairs, squares):
             if isinstance(square, Tensor):
                 done.pictures += 1
-                parts = {**parts, extension: pack_tokens(next(named).numpy())}
+                parts = {**parts, extension: pack_tokens(next(tokens).numpy())}
             elif square is None:
                 done.clips += 1
             else:
@@ -133,7 +133,7 @@ def _square(parts: dict[str, bytes], transform: SquareTransform) -> Tensor | str
         return error.reason
 
 
-def _name(pixels: Tensor, tokenizer: VisualTokenizer, grid: int) -> Tensor:
+def _tokens(pixels: Tensor, tokenizer: VisualTokenizer, grid: int) -> Tensor:
     """(B, 3, S, S) uint8 -> (B, 2, grid, grid) int64 on the CPU: as it is, and mirrored."""
     pixels = pixels.to(tokenizer.codes.device)
     both = torch.stack([tokenizer.tokens(side, grid) for side in (pixels, pixels.flip(-1))], dim=1)

@@ -94,9 +94,9 @@ def test_what_stored_tokens_cannot_name_is_refused(
 ) -> None:
     objective = _masked(tokenizer_directory, True)
     for name, value in (("crop_scale", (0.6, 1.0)), ("rand_augment", 2), ("erase", 0.1)):
-        with pytest.raises(ConfigError, match=rf"names whole pictures; set data\.augmentation\.{name}="):
+        with pytest.raises(ConfigError, match=rf"takes the tokens of whole pictures; set data\.augmentation\.{name}="):
             pretrain(make_config(name, data=_data(tokenized, **{name: value}), objective=objective))
-    with pytest.raises(ConfigError, match=r"read from shards, picture by picture; set data\.cache_side=null"):
+    with pytest.raises(ConfigError, match=r"reads them from shards, picture by picture; set data\.cache_side=null"):
         pretrain(make_config("cached", data={**_data(tokenized), "cache_side": 64}, objective=objective))
     with pytest.raises(SourceError, match=r"train-\d\.tar::\S+: the shard has no tokens 4x4.*pretrain\.tokenize"):
         pretrain(make_config("none", data=_data(shards), objective=objective))
