@@ -114,7 +114,7 @@ def test_an_override_that_cannot_be_used(file: Path, override: str, sentence: st
         ("training: {epochs: many}", r"training\.epochs: .*number.*\(got 'many'\)"),
         ("training: {batch_size: 1}", r"training\.batch_size: .*greater than or equal to 2 \(got 1\)"),
         ("training: 3", r"training: .*\(got 3\)"),
-        ("data: {train: 3}", r"yaml: data\.train: 3 is not a source; give a path, or \{path: \.\.\., weight: \.\.\.\}\.$"),
+        ("data: {train: 3}", r"data\.train: 3 is not a source; give a path, or \{path: \.\.\., weight: \.\.\.\}\.$"),
         ("data: {train: [{pat: a.tar}]}", r"data\.train\.0\.path: Field required"),
         ("training: {precision: fp8}", r"training\.precision: .*'auto', 'bf16' or 'fp32' \(got 'fp8'\)"),
         (
