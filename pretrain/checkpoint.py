@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -125,17 +126,20 @@ def checkpoint_to_resume(run: Path, resume: bool) -> Path | None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU.
+    """Read a checkpoint as tensors of the CPU, whose pages are read from the file when they are first used.
+
+    So processes of one machine share the memory. What is written to a tensor does not reach the file, and removing the
+    file, as later checkpoints do, takes nothing from a process that has opened it.
 
     Raises:
         TrainingError: the file is damaged.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zip, pickle and I/O errors of many classes
-        # torch's message on a foreign pickle is a page that advises to load it unsafely
-        foreign = isinstance(error, UnpicklingError | EOFError)
-        reason = "no PyTorch file" if foreign else str(error).strip().partition("\n")[0].partition(". ")[0]
+        # torch advises to save one file in another form, and to load the other one unsafely
+        foreign = isinstance(error, UnpicklingError) or not (isinstance(error, OSError) or is_zipfile(path))
+        reason = "not a whole PyTorch file" if foreign else str(error).strip().partition("\n")[0].partition(". ")[0]
         raise TrainingError(
             f"The checkpoint {path} is damaged ({reason}); remove it to go on from an earlier one."
         ) from error

@@ -42,6 +42,29 @@ def test_a_run_is_resumed_only_when_it_is_asked_for(tmp_path: Path) -> None:
         checkpoint_to_resume(tmp_path, resume=False)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of memory")
+def test_a_checkpoint_is_read_as_it_is_needed_and_outlives_its_file(tmp_path: Path) -> None:
+    weights = torch.randn(8_000_000)
+    path = save_checkpoint(tmp_path, {"weights": weights}, 1, keep=1)
+    held = _private_memory()
+    state = read_checkpoint(path)
+    assert _private_memory() - held < weights.nbytes / 2
+    save_checkpoint(tmp_path, {"weights": -weights}, 2, keep=1)
+    assert not path.exists()
+    assert torch.equal(state["weights"], weights)
+    newest = latest_checkpoint(tmp_path)
+    assert newest is not None
+    content = newest.read_bytes()
+    read_checkpoint(newest)["weights"].zero_()
+    assert newest.read_bytes() == content
+
+
+def _private_memory() -> int:
+    """Bytes of this process that no file stands behind."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, {"weights": torch.randn(1000)}, 1, keep=1)
     content = path.read_bytes()
