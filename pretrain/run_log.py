@@ -46,6 +46,8 @@ QUANTITIES: dict[str, dict[str, Quantity]] = {  # by section and name in the log
     },
     "Optimisation": {
         "learning_rate": Quantity("Learning rate"),
+        "learning_rate_image_tower": Quantity("Learning rate", "image tower"),
+        "learning_rate_text_tower": Quantity("Learning rate", "text tower"),
         "rate_factor": Quantity("Learning rate", "share of its peak", top=1.0),
         "gradient_norm": Quantity("Gradient norm", "before clipping"),
         "kl_weight": Quantity("KL weight"),

@@ -1,10 +1,11 @@
 """What a run reports: a progress bar or lines on stderr, rows in log.jsonl, run.json, TensorBoard, wandb.
 
 log.jsonl holds one JSON object a line. A training row has `step`, `epoch`, `seconds` (of training since the row
-before), every scalar of the objective by its name, `gradient_norm`, `learning_rate`, `pairs_per_second` (of all
-ranks), `pairs_per_second_per_gpu`, `mfu` (on a GPU), `data_wait` (share of the time, of the rank that waited longest)
-and `peak_memory_gib` (on a GPU, since the row before, of the rank that held most). A validation row has `step`,
-`epoch`, `seconds` and `validation`: {source: {direction: metrics}}.
+before), every scalar of the objective by its name, `gradient_norm`, `learning_rate` (and, of a tower with a rate of its
+own, `learning_rate_image_tower` or `learning_rate_text_tower`), `pairs_per_second` (of all ranks),
+`pairs_per_second_per_gpu`, `mfu` (on a GPU), `data_wait` (share of the time, of the rank that waited longest) and
+`peak_memory_gib` (on a GPU, since the row before, of the rank that held most). A validation row has `step`, `epoch`,
+`seconds` and `validation`: {source: {direction: metrics}}.
 
 run.json names the machine, the number of ranks and the steps of every start of the run.
 """

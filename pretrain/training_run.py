@@ -212,9 +212,7 @@ class TrainingRun(ABC, Generic[Config, Step]):
         return any(every and self.step % every == 0 for every in (epochs * self.epoch_steps, steps))
 
     def _log(self) -> None:
-        factor = rate_factor(self.step - 1, self.steps, self.config.optimizer)
-        rate = {"learning_rate": factor * self.config.optimizer.learning_rate}
-        means = self.telemetry.flush(self.step, self.step / self.epoch_steps, rate)
+        means = self.telemetry.flush(self.step, self.step / self.epoch_steps, self._rates())
         if broken := no_number(means):
             clipping = "" if self.config.optimizer.clip_norm else ", and optimizer.clip_norm set"
             raise TrainingError(
@@ -222,6 +220,17 @@ class TrainingRun(ABC, Generic[Config, Step]):
                 f"{self._name_items()}. Begin a new run with a lower optimizer.learning_rate{clipping}."
             )
         self.items_since_log.clear()
+
+    def _rates(self) -> dict[str, float]:
+        """The learning rate of the step just taken, and that of each tower that has one of its own."""
+        optimizer = self.config.optimizer
+        factor = rate_factor(self.step - 1, self.steps, optimizer)
+        peaks = {
+            "learning_rate": optimizer.learning_rate,
+            "learning_rate_image_tower": optimizer.image_tower_rate,
+            "learning_rate_text_tower": optimizer.text_tower_rate,
+        }
+        return {name: factor * peak for name, peak in peaks.items() if peak is not None}
 
     def _name_items(self) -> Path:
         """Write the names of this rank's items since the last row of the log; returns the file."""

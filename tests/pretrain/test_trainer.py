@@ -165,6 +165,16 @@ def test_validation_within_an_epoch_chooses_the_best_model(make_config: MakeConf
     assert state["best"]["step"] == max(sums, key=lambda step: sums[step])
 
 
+def test_a_tower_with_a_rate_of_its_own_has_it_in_the_log(make_config: MakeConfig) -> None:
+    run = pretrain(make_config(optimizer={"learning_rate": 1e-3, "image_tower_rate": 1e-4}, training={"epochs": 1}))
+    rows = [row for row in _rows(run) if "loss" in row]
+    assert len(rows) == 6
+    for row in rows:
+        assert row["learning_rate_image_tower"] == pytest.approx(row["learning_rate"] / 10, rel=1e-4)
+        assert "learning_rate_text_tower" not in row
+    assert "Learning rate <small>image tower</small>" in (run / "report.html").read_text()
+
+
 def test_a_run_is_not_overwritten(make_config: MakeConfig) -> None:
     config = make_config()
     pretrain(config)
