@@ -34,11 +34,13 @@ class Series:
 
 @dataclass
 class Chart:
-    """Attributes:
-    title: the quantity. `unit`: what its numbers mean, in a few letters.
-    x_unit: of the horizontal axis.
-    format: of the values in the legend.
-    from_zero: whether the vertical axis begins at 0. `top`: where it ends; None: above the largest value.
+    """A line chart of one quantity.
+
+    Attributes:
+        title: the quantity; `unit`: of its numbers, "" if they have none.
+        x_unit: of the horizontal axis.
+        format: of the values in the legend.
+        from_zero: whether the vertical axis begins at 0; `top`: where it ends, None: above the largest value.
     """
 
     title: str
@@ -103,6 +105,8 @@ class Chart:
 
 @dataclass
 class _Bucket:
+    """Neighbouring points as one: the last x, and of the y the mean, the smallest and the largest."""
+
     x: float
     mean: float
     low: float

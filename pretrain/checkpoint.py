@@ -72,8 +72,8 @@ def save_checkpoint(run: Path, state: dict[str, Any], step: int, keep: int) -> P
             f"The checkpoint {path} cannot be written ({_reason(error)}), {left}; make room and resume with "
             "training.resume=true."
         ) from error
-    killed = directory.glob("step-*.tmp")  # what a run was writing when it was
-    for old in [*sorted(directory.glob(_PATTERN))[:-keep], *killed]:
+    broken_off = directory.glob("step-*.tmp")  # what a killed run was writing
+    for old in [*sorted(directory.glob(_PATTERN))[:-keep], *broken_off]:
         old.unlink()
     return path
 

@@ -213,9 +213,8 @@ def _recall_table(runs: Sequence[RunLog]) -> str:
     """Recalls at each run's best checkpoint, source by source; the best run's in bold."""
     best = [(number, run, run.best) for number, run in enumerate(runs)]
     found = [(number, run, done) for number, run, done in best if done is not None]
-    if not all("R@1" in metrics for _, _, done in found for part in done.results.values() for metrics in part.values()):
-        return ""
-    if not found:
+    metrics = [metrics for _, _, done in found for part in done.results.values() for metrics in part.values()]
+    if not found or not all("R@1" in figures for figures in metrics):
         return ""
     directions = list(next(iter(found[0][2].results.values())))
     rows = ""
@@ -230,6 +229,7 @@ def _recall_table(runs: Sequence[RunLog]) -> str:
             if source in done.results
         ]
         columns = [*zip(*(figures for _, figures in lines))]
+        # every fourth column is a rank, which is the better the lower it is
         tops = [min(column) if number % 4 == 3 else max(column) for number, column in enumerate(columns)]
         for lead, figures in lines:
             cells = "".join(

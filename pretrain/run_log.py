@@ -1,4 +1,4 @@
-"""A run directory read back: its settings, where it ran, the rows of its log and what the numbers in them are."""
+"""A run directory read back: its settings, where it ran, the rows of its log and what the numbers in them mean."""
 
 import json
 from collections.abc import Iterable
@@ -81,7 +81,7 @@ class Validated:
 
     @property
     def merit(self) -> float:
-        """What the best checkpoint has most of: recall, or faithfulness."""
+        """What the best checkpoint has most of: recall, or of a tokenizer the negated reconstruction error."""
         figures = [metrics for directions in self.results.values() for metrics in directions.values()]
         if all("R@1" in metrics for metrics in figures):
             return criterion(self.results)
@@ -90,14 +90,16 @@ class Validated:
 
 @dataclass
 class RunLog:
-    """Attributes:
-    directory: where it lies.
-    name: what tells it from the runs beside it.
-    settings: config.yaml; empty if there is none.
-    starts: what run.json says of every start.
-    rows: training rows by step, in order; a step that was taken again after a stop counts as it was the last time.
-    validated: in order of their steps.
-    seconds: of training and validation, repeated steps included; 0 if the log does not say.
+    """A run as its directory tells it.
+
+    Attributes:
+        directory: where it is.
+        name: what tells it from the runs that it is shown with.
+        settings: config.yaml; empty if there is none.
+        starts: what run.json says of every start.
+        rows: training rows in the order of their steps; of a step that was taken again after a stop, the last one.
+        validated: in the order of their steps.
+        seconds: of training and validation, repeated steps included; 0 if the log does not say.
     """
 
     directory: Path

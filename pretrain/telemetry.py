@@ -210,7 +210,7 @@ class _Terminal:
 
 
 def no_number(means: Mapping[str, float]) -> str | None:
-    """What of a step's results is not finite, so that the weights are or will be none either: loss or gradient."""
+    """Which result of a step is not finite, so that the weights are not or will not be: the loss or the gradient."""
     if not math.isfinite(means["loss"]):
         return "loss"
     return None if math.isfinite(means["gradient_norm"]) else "gradient"
