@@ -18,12 +18,12 @@ from cots.errors import ConfigError, CotsError, TrainingError
 from cots.model.caption_tokenizer import CaptionTokenizer
 from cots.model.visual_tokenizer import load_visual_tokenizer
 from pretrain.checkpoint import checkpoint_to_resume
-from pretrain.loader import steps_per_epoch
+from pretrain.epochs import Epochs
 from pretrain.pair_sources import open_source
 from pretrain.source_check import TINY, ItemFacts, Leak, SourceFacts, find_leaks, look_at
 from pretrain.start import starting_tokenizer
 from pretrain.trial import Trial, try_out
-from pretrain.unusable import entries_left_out, too_many
+from pretrain.unusable import entries_left_out
 from pretrain.validation import open_validation_source
 
 _NAMED = 3  # examples of each finding
@@ -105,7 +105,7 @@ def _look_for_visual_tokenizer(config: PretrainConfig, report: CheckReport) -> N
 
 
 def _look_at_sources(config: PretrainConfig, tokenizer: CaptionTokenizer | None, report: CheckReport) -> None:
-    size = config.data.image_size or config.model.image_tower.image_size
+    size = config.crop_size
     if not config.data.train:
         report.problems.append("data.train names no source; give at least one, such as data.train=pairs.tar.")
     if not config.data.validation:
@@ -120,7 +120,7 @@ def _look_at_sources(config: PretrainConfig, tokenizer: CaptionTokenizer | None,
         except CotsError as error:
             report.problems.append(_sentence(str(error)))
             continue
-        report.sources.append(look_at(role, source.path, pairs, tokenizer, config.data, size))
+        report.sources.append(look_at(role, source, pairs, tokenizer, config.data, size))
 
 
 def _judge_sources(config: PretrainConfig, report: CheckReport) -> None:
@@ -147,21 +147,21 @@ def _count_steps(
 ) -> None:
     training = config.training
     try:
-        per_epoch = steps_per_epoch(
+        epochs = Epochs(
             [len(source.source) for source in train], [source.weight for source in settings], training.batch_size
         )
     except CotsError as error:
         report.problems.append(str(error))
         return
-    report.steps = max(1, round(training.epochs * per_epoch))
-    step_pairs = training.batch_size * config.data.captions_per_item
-    pairs, needed = report.steps * step_pairs, config.objective.noise_filter.queue_size
+    report.steps = epochs.steps(training.epochs)
+    captions = config.data.captions_per_item
+    pairs, needed = report.steps * training.batch_size * captions, config.objective.noise_filter.queue_size
     if needed > pairs:
         report.warnings.append(
             f"objective.noise_filter begins once it has seen {needed:,} pairs, and the whole run has {pairs:,}; set a "
             "smaller queue_size."
         )
-    queue, epoch = config.objective.contrastive.queue_size, per_epoch * step_pairs
+    queue, epoch = config.objective.contrastive.queue_size, epochs.samples * captions
     if queue > epoch:
         report.warnings.append(
             f"objective.contrastive.queue_size is {queue:,}, and an epoch has {epoch:,} pairs, which would be in the "
@@ -180,9 +180,7 @@ def _judge_items(config: PretrainConfig, source: SourceFacts, report: CheckRepor
     elif broken:
         allowed = config.data.max_bad_share
         text = f"{source.path}: {len(broken)} of {looked_at} items cannot be used. {_examples(source, broken)}"
-        weight = next(one.weight for one in config.data.train if one.path == source.path)
-        drawn = round(config.training.epochs * weight * len(source.source))  # a bad item counts whenever it is drawn
-        if too_many(round(len(broken) / looked_at * drawn), drawn, allowed):
+        if source.stops(config.training.epochs, allowed):
             report.problems.append(f"{text} That is more than data.max_bad_share={allowed:g} allows.")
         else:
             report.warnings.append(f"{text} They will be skipped.")

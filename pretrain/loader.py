@@ -21,8 +21,9 @@ from torch.utils.data import Dataset, Sampler
 
 from cots.config import AugmentationConfig, DataConfig
 from cots.data.transforms import TrainingTransform
-from cots.errors import MediaError, SourceError, TrainingError
+from cots.errors import MediaError, TrainingError
 from cots.model.caption_tokenizer import CaptionTokenizer
+from pretrain.epochs import Epochs
 from pretrain.loader_workers import WorkerLoader
 from pretrain.pair_sources import Pair, PairSource, name_of
 
@@ -165,11 +166,9 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         rank: int,
         ranks: int,
     ) -> None:
-        self.lengths, self.weights = list(lengths), weights
-        self.batch_size, self.seed = batch_size, seed
-        self.rank, self.ranks = rank, ranks
+        self.epochs = Epochs(lengths, weights, batch_size, seed)
+        self.seed, self.rank, self.ranks = seed, rank, ranks
         self.first_step = self.steps = 0
-        self.steps_per_epoch = steps_per_epoch(lengths, weights, batch_size)
 
     def between(self, first_step: int, steps: int) -> "StepSampler":
         """The samples of steps `first_step` to `steps - 1`."""
@@ -181,45 +180,11 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         return self.steps - self.first_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        share = self.batch_size // self.ranks
-        epoch, order = -1, np.empty(0, dtype=np.int64)
+        batch_size = self.epochs.batch_size
+        share = batch_size // self.ranks
         for step in range(self.first_step, self.steps):
-            if step // self.steps_per_epoch != epoch:
-                epoch = step // self.steps_per_epoch
-                order = epoch_order(self.lengths, self.weights, self.seed, epoch)
-            start = (step % self.steps_per_epoch) * self.batch_size + self.rank * share
-            place = step * self.batch_size + self.rank * share
-            yield [(place + slot, int(index)) for slot, index in enumerate(order[start : start + share])]
-
-
-def steps_per_epoch(lengths: Sequence[int], weights: Sequence[float], batch_size: int) -> int:
-    """Whole global batches in an epoch.
-
-    Raises:
-        SourceError: an epoch has fewer samples than a batch, or none of a source.
-    """
-    for length, weight in zip(lengths, weights):
-        if round(length * weight) == 0:
-            raise SourceError(
-                f"A source of {length} items with weight {weight:g} contributes no sample to an epoch; raise its "
-                "weight in data.train."
-            )
-    samples = sum(round(length * weight) for length, weight in zip(lengths, weights))
-    if samples < batch_size:
-        raise SourceError(
-            f"The samples of an epoch, {samples}, are fewer than a batch of {batch_size}; lower training.batch_size."
-        )
-    return samples // batch_size
-
-
-def epoch_order(lengths: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> np.ndarray:
-    """Sample indices of an epoch, shuffled: each source repeated by its weight, the fraction of it drawn at random."""
-    random = np.random.default_rng([seed, epoch])
-    parts = []
-    for start, length, weight in zip(np.cumsum([0, *lengths]), lengths, weights):
-        whole, rest = divmod(round(length * weight), length)
-        parts += [start + part for part in ([np.arange(length)] * whole + [random.permutation(length)[:rest]])]
-    return random.permutation(np.concatenate(parts))
+            place = step * batch_size + self.rank * share
+            yield [(place + slot, index) for slot, index in enumerate(self.epochs.indices(place, share))]
 
 
 def training_loader(

@@ -189,7 +189,7 @@ def freeze_unused(encoder: DualEncoder, config: PretrainConfig) -> None:
     """Freeze what no embedding depends on, for DistributedDataParallel would wait for its gradients: layers of a timm
     network behind its features, a temporal transformer where items have one frame.
     """
-    size = config.data.image_size or config.model.image_tower.image_size
+    size = config.crop_size
     frames = (2,) if config.data.frames_per_item > 1 else ()
     outline = without_data(encoder).eval()
     image = outline.encode_image(torch.zeros(1, *frames, 3, size, size, dtype=torch.uint8, device="meta"))

@@ -16,13 +16,14 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from cots.config import DataConfig
+from cots.config import DataConfig, SourceConfig
 from cots.data.transforms import TrainingTransform
 from cots.errors import MediaError
 from cots.model.caption_tokenizer import CaptionTokenizer
 from pretrain.loader import target_of_crops
 from pretrain.loader_workers import WorkerLoader
 from pretrain.pair_sources import CLIP_FRAMES, PairSource
+from pretrain.unusable import too_many
 
 TINY = 32
 """Pixels: a picture whose shorter side has fewer shows little."""
@@ -63,12 +64,14 @@ class SourceFacts:
 
     Attributes:
         role: "train" or "validation".
+        path, weight: as configured.
         facts: of the items that were decoded.
         digests: content -> the items that have it, of all items that were read.
     """
 
     role: str
     path: str
+    weight: float
     source: PairSource
     facts: list[ItemFacts] = field(default_factory=list)
     digests: dict[bytes, list[int]] = field(default_factory=dict)
@@ -94,13 +97,19 @@ class SourceFacts:
         """Items that hold the same picture."""
         return [indices for indices in self.digests.values() if len(indices) > 1]
 
+    def stops(self, epochs: float, max_bad_share: float) -> bool:
+        """Whether a training of so many epochs draws unreadable items more often than it may, judged by those that
+        were decoded."""
+        drawn = round(epochs * self.weight * len(self.source))
+        return too_many(round(len(self.broken) / len(self.facts) * drawn), drawn, max_bad_share)
+
     def name(self, index: int) -> str:
         return self.source.name(index)
 
 
 def look_at(
     role: str,
-    path: str,
+    configured: SourceConfig,
     source: PairSource,
     tokenizer: CaptionTokenizer | None,
     data: DataConfig,
@@ -112,7 +121,7 @@ def look_at(
         tokenizer: one that cuts nothing; None: captions are not counted.
         image_size: side of the training crops, whose time is part of an item's.
     """
-    found = SourceFacts(role, path, source)
+    found = SourceFacts(role, configured.path, configured.weight, source)
     count = len(source)
     chosen = np.unique(np.linspace(0, count - 1, min(count, _DECODED)).round().astype(int)).tolist()
     items = _Items(source, chosen, tokenizer, data, image_size)

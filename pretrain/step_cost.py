@@ -44,7 +44,7 @@ class StepCost:
 def step_flops(stepper: "TrainingStep", batch_size: int, frames: int = 1) -> float:
     """Model FLOPs of a step on `batch_size` items of `frames` frames each, without the optimizer's."""
     data, model = stepper.config.data, stepper.config.model
-    size = data.image_size or model.image_tower.image_size
+    size = stepper.config.crop_size
     twin = stepper.outlined()
     stored = stepper.config.objective.masked_modeling.stored_tokens
 

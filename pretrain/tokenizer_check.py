@@ -15,7 +15,7 @@ from cots.errors import ConfigError, CotsError, TrainingError
 from cots.tokenizer_config import VisualTokenizerTrainingConfig
 from pretrain.checkpoint import checkpoint_to_resume
 from pretrain.distributed import process_group
-from pretrain.loader import steps_per_epoch
+from pretrain.epochs import Epochs
 from pretrain.pair_sources import open_source
 from pretrain.source_check import SourceFacts, find_leaks, look_at
 from pretrain.tokenizer_pictures import Squares
@@ -70,7 +70,7 @@ def _look_at_sources(config: VisualTokenizerTrainingConfig, problems: list[str])
         for source in settings:
             try:
                 pairs = open_validation_source(source) if role == "validation" else open_source(source)
-                found.append(look_at(role, source.path, pairs, None, config.data, size))
+                found.append(look_at(role, source, pairs, None, config.data, size))
             except CotsError as error:
                 problems.append(str(error))
     return found
@@ -82,7 +82,7 @@ def _judge(source: SourceFacts, config: VisualTokenizerTrainingConfig, problems:
         return
     named = "; ".join(f"{Path(source.name(fact.index)).name}: {fact.broken}" for fact in broken[:_NAMED])
     text = f"{source.path}: {len(broken)} of {looked_at} items cannot be read: {named}."
-    if source.role == "train" and len(broken) / looked_at > config.data.max_bad_share:
+    if source.role == "train" and source.stops(config.training.epochs, config.data.max_bad_share):
         problems.append(f"{text} That is more than data.max_bad_share={config.data.max_bad_share:g} allows.")
     else:
         console.print(f"warning: {text}")
@@ -92,9 +92,7 @@ def _try_out(config: VisualTokenizerTrainingConfig, train: list[SourceFacts]) ->
     """One step through the whole trainer in a folder that is removed; what it says of the training."""
     training = config.training
     weights = [source.weight for source in config.data.train]
-    steps = max(
-        1, round(training.epochs * steps_per_epoch([len(s.source) for s in train], weights, training.batch_size))
-    )
+    steps = Epochs([len(each.source) for each in train], weights, training.batch_size).steps(training.epochs)
     changes = {
         "batch_size": min(training.batch_size, _PICTURES),
         "epochs": 1e-9,

@@ -160,7 +160,7 @@ class TokenizerRun(TrainingRun[VisualTokenizerTrainingConfig, Squares]):
             return
         tokenizer = self.tokenizer if self.average is None else self.average.network
         results = self.validation.measure(tokenizer, self.device)
-        epoch = self.step / self.epoch_steps
+        epoch = self.epochs.passed(self.step)
         self.telemetry.validation(self.step, epoch, {path: {"reconstruction": m} for path, m in results.items()})
         names = short_names(results)
         for path, m in results.items():
@@ -205,8 +205,9 @@ class TokenizerRun(TrainingRun[VisualTokenizerTrainingConfig, Squares]):
         return (
             f"{weights / 1e6:.2f} M parameters, {self.config.visual_tokenizer.codebook_size} codes, "
             f"{len(self.frames)} items, {self.steps} steps of {self.config.training.batch_size} pictures of "
-            f"{self.side} px ({self.epoch_steps} an epoch), {self.ranks.count} x {self.device.type}, "
-            f"{'bf16' if self.dtype else 'fp32'}; from step {self.step}; into {self.directory}"
+            f"{self.side} px ({self.config.training.epochs:g} epochs of {self.epochs.samples}), "
+            f"{self.ranks.count} x {self.device.type}, {'bf16' if self.dtype else 'fp32'}; "
+            f"from step {self.step}; into {self.directory}"
         )
 
 

@@ -79,7 +79,7 @@ class Run(TrainingRun[PretrainConfig, Batch]):
 
     def _tokenized_pairs(self) -> TokenizedPairs:
         data, seed = self.config.data, self.config.training.seed
-        size = data.image_size or self.config.model.image_tower.image_size
+        size = self.config.crop_size
         named_by = load_visual_tokenizer(self.config.objective.masked_modeling.visual_tokenizer).fingerprint()
         return TokenizedPairs(self.sources, self.tokenizer, data, size, self.stepper.grid, named_by, seed)
 
@@ -91,7 +91,7 @@ class Run(TrainingRun[PretrainConfig, Batch]):
 
     def _batches(self) -> Iterator[Batch]:
         data = self.config.data
-        size = data.image_size or self.config.model.image_tower.image_size
+        size = self.config.crop_size
         sampler = self.sampler.between(self.step, self.steps)
         pinned = self.device.type == "cuda"
         if self.tokenized is not None:
@@ -123,7 +123,7 @@ class Run(TrainingRun[PretrainConfig, Batch]):
         """Validate on the first rank, and keep the model if it is the best so far."""
         assert self.validation is not None
         results = self.validation.measure(network, self.device)
-        score, epoch = criterion(results), self.step / self.epoch_steps
+        score, epoch = criterion(results), self.epochs.passed(self.step)
         self.telemetry.validation(self.step, epoch, results)
         names = short_names(results)
         for path, metrics in results.items():
@@ -155,7 +155,8 @@ class Run(TrainingRun[PretrainConfig, Batch]):
         pairs = sum(len(source) for source in self.sources)
         return (
             f"{weights / 1e6:.1f} M parameters, {pairs} items, "
-            f"{self.steps} steps of {self.config.training.batch_size} pairs ({self.epoch_steps} an epoch), "
+            f"{self.steps} steps of {self.config.training.batch_size} pairs "
+            f"({self.config.training.epochs:g} epochs of {self.epochs.samples}), "
             f"{self.ranks.count} x {self.device.type}, {'bf16' if self.stepper.low_precision else 'fp32'}; "
             f"from step {self.step}; into {self.directory}"
         )

@@ -72,7 +72,7 @@ class TrainingRun(ABC, Generic[Config, Step]):
         directory: of the run.
         checkpoint: what the run goes on from, if anything.
         sources, sampler: the training sources, and which of their items are whose in each step.
-        epoch_steps, steps: of an epoch and of the training.
+        epochs, steps: how its samples are cut, and how many steps there are.
         step: how many have been taken.
         samples_read, samples_bad: of this rank.
         items_since_log: what it took in each step since the last row of the log.
@@ -111,13 +111,13 @@ class TrainingRun(ABC, Generic[Config, Step]):
             self.ranks.rank,
             self.ranks.count,
         )
-        self.epoch_steps = self.sampler.steps_per_epoch
-        self.steps = max(1, round(training.epochs * self.epoch_steps))
+        self.epochs = self.sampler.epochs
+        self.steps = self.epochs.steps(training.epochs)
         if self.checkpoint is not None:
             self._before = read_checkpoint(self.checkpoint)
             before, now = self._as_now(self._before["config"]), self.config.model_dump(mode="json")
             refuse_other_training(self.checkpoint, before, now, _FREE_ON_RESUMING)
-            refuse_other_items(self.checkpoint, self._before.get("items"), self.sampler.lengths)
+            refuse_other_items(self.checkpoint, self._before.get("items"), self.epochs.lengths)
 
     def _begin(self) -> None:
         """Stand where the first step begins, or the checkpoint ended; from here on ranks draw different numbers."""
@@ -209,10 +209,11 @@ class TrainingRun(ABC, Generic[Config, Step]):
 
     def _due(self, epochs: int, steps: int) -> bool:
         """Whether so many epochs or so many steps have passed again; 0: neither counts."""
-        return any(every and self.step % every == 0 for every in (epochs * self.epoch_steps, steps))
+        by_epochs = epochs > 0 and self.epochs.ends(self.step, epochs)
+        return by_epochs or (steps > 0 and self.step % steps == 0)
 
     def _log(self) -> None:
-        means = self.telemetry.flush(self.step, self.step / self.epoch_steps, self._rates())
+        means = self.telemetry.flush(self.step, self.epochs.passed(self.step), self._rates())
         if broken := no_number(means):
             clipping = "" if self.config.optimizer.clip_norm else ", and optimizer.clip_norm set"
             raise TrainingError(
@@ -265,7 +266,7 @@ class TrainingRun(ABC, Generic[Config, Step]):
             "config": self.config.model_dump(mode="json"),
             "step": self.step,
             "best": self.best,
-            "items": self.sampler.lengths,
+            "items": self.epochs.lengths,
             "samples": samples,
             "random": random,
             **parts,

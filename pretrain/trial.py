@@ -133,7 +133,7 @@ def _device_memory(device: torch.device) -> int | None:
 def _empty_batch(config: PretrainConfig, items: int, device: torch.device) -> Batch:
     """Grey pictures with captions of full length."""
     data, text = config.data, config.model.text_tower
-    size = data.image_size or config.model.image_tower.image_size
+    size = config.crop_size
     frames = (data.frames_per_item,) if data.frames_per_item > 1 else ()
     pixels = torch.full((items, *frames, 3, size, size), 128, dtype=torch.uint8, device=device)
     token_ids = torch.ones(items * data.captions_per_item, text.max_length, dtype=torch.int64, device=device)

@@ -1,76 +1,17 @@
 import io
 import tarfile
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from cots.config import DataConfig, SourceConfig
-from cots.errors import SourceError, TrainingError
+from cots.errors import TrainingError
 from cots.model.caption_tokenizer import WordPieceTokenizer
-from pretrain.loader import ATTEMPTS, Batch, StepSampler, attempts, epoch_order, steps_per_epoch, training_loader
+from pretrain.loader import ATTEMPTS, Batch, StepSampler, attempts, training_loader
 from pretrain.pair_sources import TablePairs, open_source
-
-LENGTHS, WEIGHTS = (10, 7, 4), (1.0, 2.5, 0.5)
-
-
-def _steps(seed: int = 0, rank: int = 0, ranks: int = 1, first: int = 0) -> list[list[tuple[int, int]]]:
-    sampler = StepSampler(LENGTHS, WEIGHTS, batch_size=6, seed=seed, rank=rank, ranks=ranks).between(first, 20)
-    assert len(sampler) == 20 - first
-    return list(sampler)
-
-
-@pytest.mark.parametrize("epoch", range(4))
-def test_an_epoch_has_each_sample_as_often_as_its_weight_says(epoch: int) -> None:
-    counts = Counter(epoch_order(LENGTHS, WEIGHTS, 0, epoch).tolist())
-    assert [counts[index] for index in range(10)] == [1] * 10
-    assert sorted(counts[index] for index in range(10, 17)) == [2, 2, 2, 3, 3, 3, 3]  # round(17.5) = 18
-    assert sorted(counts[index] for index in range(17, 21)) == [0, 0, 1, 1]
-
-
-def test_epochs_and_seeds_have_other_orders_and_fractions() -> None:
-    orders = {tuple(epoch_order(LENGTHS, WEIGHTS, seed, epoch)) for seed in range(3) for epoch in range(3)}
-    assert len(orders) == 9
-    assert np.array_equal(epoch_order(LENGTHS, WEIGHTS, 1, 2), epoch_order(LENGTHS, WEIGHTS, 1, 2))
-    halves = {frozenset(i for i in epoch_order(LENGTHS, WEIGHTS, 0, epoch).tolist() if i >= 17) for epoch in range(9)}
-    assert len(halves) > 1
-
-
-def test_steps_of_an_epoch_are_slices_of_its_order() -> None:
-    per_epoch = steps_per_epoch(LENGTHS, WEIGHTS, 6)
-    assert per_epoch == 5  # 30 samples
-    steps = _steps()
-    for epoch in range(4):
-        taken = [index for step in steps[epoch * 5 : epoch * 5 + 5] for _, index in step]
-        assert taken == epoch_order(LENGTHS, WEIGHTS, 0, epoch).tolist()
-    places = [place for step in steps for place, _ in step]
-    assert places == list(range(120))  # what augmentation is drawn from never repeats
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_partition_every_global_batch(ranks: int) -> None:
-    parts = zip(*(_steps(rank=rank, ranks=ranks) for rank in range(ranks)))
-    together = [[sample for share in shares for sample in share] for shares in parts]
-    assert together == _steps()
-
-
-def test_a_loader_that_starts_at_a_step_goes_on_as_one_that_came_there() -> None:
-    for first in (0, 3, 5, 12, 20):
-        assert _steps(first=first) == _steps()[first:]
-
-
-def test_an_epoch_smaller_than_a_batch_is_refused() -> None:
-    with pytest.raises(SourceError, match=r"epoch, 5, are fewer than a batch of 6; lower training\.batch_size"):
-        steps_per_epoch([10], [0.5], 6)
-
-
-def test_a_source_of_which_an_epoch_has_nothing_is_refused() -> None:
-    with pytest.raises(SourceError, match=r"source of 40 items with weight 0\.01 contributes no sample .* raise its"):
-        steps_per_epoch([100, 40], [1.0, 0.01], 6)
 
 
 @pytest.fixture
