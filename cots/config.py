@@ -301,6 +301,9 @@ class TrainingConfig(Settings):
     """Write the log for TensorBoard too, under tensorboard/ (pip install tensorboard)."""
     wandb: str = ""
     """Log to this Weights & Biases project too (pip install wandb)."""
+    trace_step: int = Field(0, ge=0)
+    """From which step on three are traced by torch's profiler into trace.json.gz; 0: none. Later than the first ones,
+    which compile and warm up."""
 
 
 class PretrainConfig(Settings):

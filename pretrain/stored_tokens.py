@@ -1,7 +1,8 @@
 """Training on visual tokens that lie in the shards beside their pictures, where `python -m pretrain.tokenize` put them.
 
-They are those of the whole picture or its mirror image, so that is what the tower is shown: the square that evaluation
-shows, mirrored at random. Crops, and whatever else moves or removes parts of a picture, would need other tokens.
+They are those of the whole picture or its mirror image, so that is what the tower is shown: the whole picture, squeezed
+into a square (by a tower that otherwise sees the middle of a picture, `resize: crop`, too), mirrored at random. Crops,
+and whatever else moves or removes parts of a picture, would need other tokens.
 """
 
 from collections.abc import Sequence

@@ -103,7 +103,7 @@ class TokenizerRun(TrainingRun[VisualTokenizerTrainingConfig, Squares]):
         if decoded.left_out:
             count = len(decoded.left_out)
             self.telemetry.say(f"{count} {'clip is' if count == 1 else 'clips are'} left out: {decoded.left_out[0][1]}")
-        self._refuse_too_many_bad(decoded.bad, len(self.frames), alike=True)
+        self._accept_cached(decoded.bad, len(self.frames))
         return squares_in_memory(decoded, sampler, seed, self.device)
 
     def _take(self, samples: Squares) -> tuple[dict[str, Tensor], float]:

@@ -102,7 +102,7 @@ class Run(TrainingRun[PretrainConfig, Batch]):
         cache = PixelCache(self.sources, self.tokenizer, data, self.device)
         seconds, size_mib = time.perf_counter() - started, cache.pixels.nbytes / 2**20
         self.telemetry.say(f"{len(cache)} items decoded in {seconds:.0f} s into {size_mib:.0f} MiB")
-        self._refuse_too_many_bad(cache.bad, len(cache), alike=True)
+        self._accept_cached(cache.bad, len(cache))
         return cached_batches(cache, data, sampler, size, self.config.training.seed)
 
     def _take(self, samples: Batch) -> tuple[dict[str, Tensor], float]:

@@ -26,11 +26,19 @@ from pretrain.checkpoint import (
     save_checkpoint,
     writing_to,
 )
-from pretrain.distributed import Ranks, StopRequest, lost_another_rank, process_group, sum_over_ranks
+from pretrain.distributed import (
+    Ranks,
+    StopRequest,
+    ending_at_sigterm,
+    lost_another_rank,
+    process_group,
+    sum_over_ranks,
+)
 from pretrain.loader import StepSampler
 from pretrain.optimizer import rate_factor
 from pretrain.pair_sources import name_of, open_source
 from pretrain.report import write_report
+from pretrain.step_trace import STEPS, StepTrace
 from pretrain.telemetry import Telemetry, no_number
 from pretrain.unusable import name_left_out, too_many
 
@@ -41,7 +49,7 @@ _FREE_ON_RESUMING: dict[str, set[str]] = {
     "training": {
         "output", "resume", "device", "compile", "activation_checkpointing", "log_every", "validate_every",
         "validate_steps", "checkpoint_every", "checkpoint_steps", "keep_checkpoints", "weights_dtype", "tensorboard",
-        "wandb",
+        "wandb", "trace_step",
     },
 }  # fmt: skip
 
@@ -175,8 +183,10 @@ class TrainingRun(ABC, Generic[Config, Step]):
         name_left_out(self.sources, self.config.data.max_bad_share, self.telemetry.say)
         if training.resume and self.step == 0:
             self.telemetry.say(f"{self.directory} holds no checkpoint to resume from; this run begins with step 1.")
-        with StopRequest(self.ranks) as stop:
+        with ending_at_sigterm():
             steps = self._samples()
+        trace = StepTrace(self.directory, training.trace_step if self.ranks.first else 0, self.device)
+        with StopRequest(self.ranks) as stop:
             self.trained.train()
             self.telemetry.restart()
             while self.step < self.steps:
@@ -185,10 +195,15 @@ class TrainingRun(ABC, Generic[Config, Step]):
                 waited = time.perf_counter() - asked
                 self.items_since_log.append(samples.numbers)
                 self.samples_read += len(samples.numbers)
-                self._refuse_too_many_bad(samples.bad, self.samples_read, alike=False)
+                self.samples_bad += len(samples.bad)
+                self.telemetry.name_bad(samples.bad, alike=False)
+                self._refuse_too_many_bad(self.samples_bad, self.samples_read, samples.bad)
+                trace.before(self.step + 1)
                 scalars, flops = self._take(samples)
                 self.telemetry.step(scalars, waited, flops)
                 self.step += 1
+                if traced := trace.after(self.step):
+                    self.telemetry.say(f"A trace of {STEPS} steps is in {traced}.")
                 last, stopping = self.step == self.steps, stop.requested()
                 validating = last or self._due(training.validate_every, training.validate_steps)
                 saving = last or stopping or self._due(training.checkpoint_every, training.checkpoint_steps)
@@ -243,18 +258,18 @@ class TrainingRun(ABC, Generic[Config, Step]):
                 file.write(json.dumps({"step": step, "items": names}) + "\n")
         return path
 
-    def _refuse_too_many_bad(self, bad: Sequence[tuple[str, str]], read: int, *, alike: bool) -> None:
-        """Count and name samples that could not be read, among so many that were.
+    def _accept_cached(self, bad: Sequence[tuple[str, str]], items: int) -> None:
+        """Name the items that could not be read when all of them were decoded, by every rank alike: none of them is
+        drawn."""
+        self.telemetry.name_bad(bad, alike=True)
+        self._refuse_too_many_bad(len(bad), items, bad)
 
-        Args:
-            alike: this rank read all items, as every other did.
-        """
-        self.samples_bad += len(bad)
-        self.telemetry.name_bad(bad, alike=alike)
-        if too_many(self.samples_bad, read, self.config.data.max_bad_share):
+    def _refuse_too_many_bad(self, bad: int, read: int, named: Sequence[tuple[str, str]]) -> None:
+        """Stop if too many could not be read, of which the last ones are named."""
+        if too_many(bad, read, self.config.data.max_bad_share):
+            last = named[-1][0] if named else "named above"
             raise TrainingError(
-                f"{self.samples_bad} of {read} samples could not be read, more than data.max_bad_share allows; the "
-                f"last: {bad[-1][0] if bad else 'named above'}."
+                f"{bad} of {read} samples could not be read, more than data.max_bad_share allows; the last: {last}."
             )
 
     def _save(self) -> None:
@@ -279,9 +294,8 @@ class TrainingRun(ABC, Generic[Config, Step]):
         validation = self.config.model_dump(mode="json")["data"]["validation"]
         if self._as_now(state["config"])["data"]["validation"] == validation:  # else figures do not compare
             self.best = state["best"]
-        if self.config.data.cache_side is None:  # else all are read anew, and counted
-            rank, ranks = self.ranks.rank, self.ranks.count
-            self.samples_read, self.samples_bad = ((count + rank) // ranks for count in state["samples"])
+        rank, ranks = self.ranks.rank, self.ranks.count
+        self.samples_read, self.samples_bad = ((count + rank) // ranks for count in state["samples"])
         self._ranks_before = len(state["random"])
         restore_random_state(state["random"], self.ranks, self.config.training.seed, self.step)
 
@@ -303,7 +317,8 @@ def run_training(kind: type[TrainingRun[Config, Any]], config: Config) -> Path:
             process of it has gone.
     """
     with writing_to(Path(config.training.output)), process_group(config.training.device) as ranks:
-        run = kind(config, ranks)
+        with ending_at_sigterm():
+            run = kind(config, ranks)
         try:
             run.train()
         except BaseException as error:
