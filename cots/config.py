@@ -302,7 +302,7 @@ class TrainingConfig(Settings):
     wandb: str = ""
     """Log to this Weights & Biases project too (pip install wandb)."""
     trace_step: int = Field(0, ge=0)
-    """From which step on three are traced by torch's profiler into trace.json.gz; 0: none. Later than the first ones,
+    """First of three steps that torch's profiler traces into trace.json.gz; 0: none. Choose one after the first few,
     which compile and warm up."""
 
 

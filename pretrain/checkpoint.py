@@ -25,6 +25,7 @@ from cots.errors import ConfigError, TrainingError
 from pretrain.distributed import Ranks
 
 _PATTERN = "step-*.pt"
+FORMAT = 2  # of what a checkpoint's numbers mean: 2 counts epochs in samples, and draws jitter and masks by sample
 _CANNOT_WRITE = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST,
 }  # fmt: skip
@@ -143,6 +144,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise TrainingError(
             f"The checkpoint {path} is damaged ({reason}); remove it to go on from an earlier one."
         ) from error
+
+
+def refuse_other_format(path: Path, state: dict[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: an earlier version wrote the checkpoint, whose further steps would have had other samples.
+    """
+    if state.get("format") != FORMAT:
+        raise ConfigError(
+            f"{path} is of an earlier version of COTS, whose steps to come had other samples; finish the run with that "
+            "version, or start a new training.output from its model (start.model)."
+        )
 
 
 def refuse_other_training(path: Path, before: dict[str, Any], now: dict[str, Any], free: dict[str, set[str]]) -> None:

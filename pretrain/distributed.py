@@ -87,11 +87,15 @@ def lost_another_rank(error: RuntimeError) -> bool:
 
 @contextmanager
 def ending_at_sigterm() -> Iterator[None]:
-    """Before the first step there is nothing to save: SIGTERM ends the process at once, with exit code 0."""
+    """Before the first step there is nothing to save: SIGTERM ends the process at once.
+
+    With exit code 0; of several ranks with that of a process which the signal has killed, or torchrun would take a rank
+    that it reached alone for one that is done, and let the others wait for it.
+    """
 
     def end(*_: object) -> None:
         sys.stderr.write("Stopped before the first step; there was nothing to save.\n")
-        raise SystemExit(0)
+        raise SystemExit(0 if int(os.environ.get("WORLD_SIZE", "1")) == 1 else 128 + signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, end)
     try:

@@ -29,7 +29,7 @@ class EmbeddingCache:
         embeddings = []
         for part in parts:
             self._random_states.append(_random_state(self._device))
-            # with the graph of the second encoding, so that a compiled one draws the same dropout; it is dropped here
+            # with gradients, as the second encoding, so that a compiled one draws the same dropout; they are dropped
             with still_statistics(network):
                 output = network(part.pixels, part.token_ids, counts=part.counts)
             embeddings.append((output.image.detach(), output.text.detach()))
@@ -66,7 +66,8 @@ class EmbeddingCache:
                     mean = output.masked_losses.mean() / count
                     loss = loss + mean
                     masked_loss += mean.detach()
-                loss.backward()
+                with still_statistics(network):  # of layers that are computed again
+                    loss.backward()
             for name, value in output.scalars.items():
                 scalars[name] = scalars.get(name, 0) + value / count
         return masked_loss, scalars

@@ -143,15 +143,16 @@ class TrainingNetwork(nn.Module):
 @contextmanager
 def still_statistics(network: nn.Module) -> Iterator[None]:
     """Batch norms that are learning go by the batch, as ever, but their running statistics do not follow it: those are
-    of whole pictures, as a model sees them that is not trained any more."""
-    learning = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    of whole pictures, each seen once, as a model meets them that is not trained any more."""
+    learning = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
+    before = [module.momentum for module in learning]
     for module in learning:
-        module.track_running_stats = False
+        module.momentum = 0.0
     try:
         yield
     finally:
-        for module in learning:
-            module.track_running_stats = True
+        for module, momentum in zip(learning, before):
+            module.momentum = momentum
 
 
 def encode_items(encoder: DualEncoder, pixels: Tensor, counts: Counts) -> Tensor:

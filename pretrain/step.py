@@ -26,7 +26,7 @@ from pretrain.distributed import Ranks, average_statistics
 from pretrain.gradient_caching import EmbeddingCache
 from pretrain.loader import Batch
 from pretrain.momentum import MovingAverage
-from pretrain.network import HiddenPatches, NetworkInput, TrainingNetwork, encode_items, without_data
+from pretrain.network import HiddenPatches, NetworkInput, TrainingNetwork, encode_items, still_statistics, without_data
 from pretrain.optimizer import create_optimizer, rate_factor, set_rates
 from pretrain.sharding import (
     clip_gradients,
@@ -62,7 +62,7 @@ class TrainingStep:
         network: the fp32 weights that are optimized.
         momentum: the momentum towers, if a level looks at them.
         average: the slow average that is shipped, if there is one.
-        outline: the network without data, on the meta device.
+        skeleton: the network without data, on the meta device.
         grid: tokens a side that the image tower makes of a crop, which may be smaller than what it will see later.
         sharded: each rank holds a part of all these.
         low_precision: the towers compute in bf16.
@@ -85,7 +85,7 @@ class TrainingStep:
         self.sharded = training.sharding == "sharded" and ranks.count > 1
         self.low_precision = uses_bf16(training.precision, self.device)
         dtype = torch.bfloat16 if self.low_precision else None
-        self.outline = without_data(network)
+        self.skeleton = without_data(network)
         if self.sharded:
             network.to(memory_format=torch.contiguous_format)  # FSDP splits weights row by row
         momentum = copy.deepcopy(network.encoder) if objective.uses_momentum else None
@@ -146,7 +146,7 @@ class TrainingStep:
         """A twin without data (the meta device), of which `losses` can be asked: it computes shapes alone."""
         meta = torch.device("meta")
         twin = copy.copy(self)
-        network = copy.deepcopy(self.outline)
+        network = copy.deepcopy(self.skeleton)
         for outlined, parameter in zip(network.parameters(), self.network.parameters()):
             outlined.requires_grad_(parameter.requires_grad)
         twin.parallel = network
@@ -282,7 +282,8 @@ class TrainingStep:
         accumulation = self.config.training.accumulation
         if accumulation == 1:
             losses = self.losses(batch, progress)
-            losses.total.backward()
+            with still_statistics(self.working.network):  # of layers that are computed again
+                losses.total.backward()
             return losses.features, losses.scalars
         parts = self.hide(batch).split(accumulation)
         cache = EmbeddingCache(self.working.network, parts)
@@ -329,7 +330,8 @@ def _compile(network: TrainingNetwork, by_layer: bool) -> None:
 
 
 def _compile_encoder(encoder: DualEncoder, by_layer: bool) -> None:
-    """The towers, each one graph for pictures seen whole and in part. All shapes are fixed by the configuration.
+    """The towers, each one graph for pictures seen whole and in part (two, if it has batch norms that learn: see
+    `still_statistics`). All shapes are fixed by the configuration.
 
     Weights that are shared out are gathered between layers, outside of any graph: `by_layer`, each layer is a graph.
     """

@@ -101,6 +101,7 @@ def _try_out(config: VisualTokenizerTrainingConfig, train: list[SourceFacts]) ->
         "resume": False,
         "tensorboard": False,
         "wandb": "",
+        "trace_step": 0,
     }
     # no cache: it would decode the whole collection
     data = config.data.model_copy(update={"workers": 0, "validation": [], "cache_side": None})

@@ -17,9 +17,11 @@ from cots.config import PretrainConfig
 from cots.errors import ConfigError, TrainingError
 from cots.tokenizer_config import VisualTokenizerTrainingConfig
 from pretrain.checkpoint import (
+    FORMAT,
     checkpoint_to_resume,
     random_state,
     read_checkpoint,
+    refuse_other_format,
     refuse_other_items,
     refuse_other_training,
     restore_random_state,
@@ -38,7 +40,7 @@ from pretrain.loader import StepSampler
 from pretrain.optimizer import rate_factor
 from pretrain.pair_sources import name_of, open_source
 from pretrain.report import write_report
-from pretrain.step_trace import STEPS, StepTrace
+from pretrain.step_trace import StepTrace
 from pretrain.telemetry import Telemetry, no_number
 from pretrain.unusable import name_left_out, too_many
 
@@ -124,6 +126,7 @@ class TrainingRun(ABC, Generic[Config, Step]):
         if self.checkpoint is not None:
             self._before = read_checkpoint(self.checkpoint)
             before, now = self._as_now(self._before["config"]), self.config.model_dump(mode="json")
+            refuse_other_format(self.checkpoint, self._before)
             refuse_other_training(self.checkpoint, before, now, _FREE_ON_RESUMING)
             refuse_other_items(self.checkpoint, self._before.get("items"), self.epochs.lengths)
 
@@ -185,8 +188,13 @@ class TrainingRun(ABC, Generic[Config, Step]):
             self.telemetry.say(f"{self.directory} holds no checkpoint to resume from; this run begins with step 1.")
         with ending_at_sigterm():
             steps = self._samples()
-        trace = StepTrace(self.directory, training.trace_step if self.ranks.first else 0, self.device)
-        with StopRequest(self.ranks) as stop:
+        if training.trace_step and not self.step < training.trace_step <= self.steps:
+            self.telemetry.say(
+                f"No step is traced: training.trace_step={training.trace_step} is not among the steps to come."
+            )
+        traced_from = training.trace_step if self.ranks.first else 0
+        trace = StepTrace(self.directory, traced_from, self.device, self.telemetry.say)
+        with StopRequest(self.ranks) as stop, trace:
             self.trained.train()
             self.telemetry.restart()
             while self.step < self.steps:
@@ -202,8 +210,7 @@ class TrainingRun(ABC, Generic[Config, Step]):
                 scalars, flops = self._take(samples)
                 self.telemetry.step(scalars, waited, flops)
                 self.step += 1
-                if traced := trace.after(self.step):
-                    self.telemetry.say(f"A trace of {STEPS} steps is in {traced}.")
+                trace.after()
                 last, stopping = self.step == self.steps, stop.requested()
                 validating = last or self._due(training.validate_every, training.validate_steps)
                 saving = last or stopping or self._due(training.checkpoint_every, training.checkpoint_steps)
@@ -278,6 +285,7 @@ class TrainingRun(ABC, Generic[Config, Step]):
         if not self.ranks.first:
             return
         state = {
+            "format": FORMAT,
             "config": self.config.model_dump(mode="json"),
             "step": self.step,
             "best": self.best,

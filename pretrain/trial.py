@@ -89,6 +89,7 @@ def _small(config: PretrainConfig, output: Path) -> PretrainConfig:
             "resume": False,
             "tensorboard": False,
             "wandb": "",
+            "trace_step": 0,
         }
     )
     # no cache: it would decode the whole collection

@@ -31,7 +31,7 @@ def test_a_sample_is_changed_alike_on_any_number_of_ranks() -> None:
             assert torch.equal(together, torch.cat(parts))
 
 
-def test_numbers_hang_on_seed_and_step_alone() -> None:
+def test_numbers_depend_on_seed_and_step_alone() -> None:
     def drawn(seed: int, step: int) -> list[float]:
         draws = SampleDraws(seed, CPU)
         draws.begin(step)

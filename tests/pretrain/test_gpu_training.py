@@ -16,8 +16,7 @@ from cots.data.device_augmentation import DRAWS, DeviceAugmentation
 from cots.data.transforms import TrainingTransform
 from cots.model.caption_tokenizer import WordPieceTokenizer
 from cots.model.pretrained import load_model
-from cots.model.visual_tokenizer import VisualTokenizer, save_visual_tokenizer
-from cots.tokenizer_config import VisualTokenizerConfig, VisualTokenizerTrainingConfig
+from cots.tokenizer_config import VisualTokenizerTrainingConfig
 from pretrain.loader import TrainingPairs
 from pretrain.pair_sources import open_source
 from pretrain.tokenizer_training import train_visual_tokenizer
@@ -28,25 +27,6 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are n
 
 MakeConfig = Callable[..., PretrainConfig]
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def every_level(tmp_path: Path) -> dict:
-    config = VisualTokenizerConfig(codebook_size=32, code_dim=8, width=16, min_width=8, blocks=1, image_size=32)
-    torch.manual_seed(0)
-    save_visual_tokenizer(tmp_path / "visual_tokenizer", VisualTokenizer(config))
-    return {
-        "momentum": 0.9,
-        "learn_temperature": True,
-        "contrastive": {"queue_size": 50, "in_batch": "online"},
-        "masked_modeling": {
-            "image_weight": 0.5,
-            "text_weight": 0.5,
-            "visual_tokenizer": str(tmp_path / "visual_tokenizer"),
-        },
-        "task_alignment": {"weight": 0.3},
-        "noise_filter": {"queue_size": 16, "start": 0.0},
-    }
 
 
 def _rows(run: Path) -> list[dict]:

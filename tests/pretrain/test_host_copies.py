@@ -1,4 +1,5 @@
-"""A step hands the device nothing that it would have to wait for: the next one is queued while it computes.
+"""From augmentation to the queues a step hands the device nothing that it would have to wait for: the next one is
+queued while it computes.
 
 Copies are looked for on the meta device, whose tensors no CPU tensor meets unnoticed either.
 """

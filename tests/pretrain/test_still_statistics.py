@@ -1,4 +1,4 @@
-"""Batch norms that learn gather the statistics of whole pictures, once a step, whatever else a step encodes."""
+"""Batch norms that learn gather the statistics of whole pictures, each seen once, whatever else a step encodes."""
 
 from collections.abc import Callable
 
@@ -13,31 +13,32 @@ from pretrain.trainer import Run
 MakeConfig = Callable[..., PretrainConfig]
 
 
-def _statistics(config: PretrainConfig) -> list[torch.Tensor]:
-    """Running means, variances and counts after one step of the whole batch."""
-    run = Run(config, Ranks(0, 1, torch.device("cpu")))
-    run.stepper.parallel.train()
-    run.stepper.take(next(run._batches()), 0, 10)
-    run.telemetry.close()
-    norms = [module for module in run.stepper.network.modules() if isinstance(module, _BatchNorm)]
-    assert norms
-    return [buffer.clone() for norm in norms for buffer in norm.buffers()]
+def _statistics(network: torch.nn.Module) -> list[torch.Tensor]:
+    """Running means and variances."""
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    return [buffer.clone() for norm in norms for buffer in (norm.running_mean, norm.running_var)]
 
 
-@pytest.fixture
-def make_convolutional(make_config: MakeConfig) -> MakeConfig:
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_they_are_of_each_part_once(make_config: MakeConfig, every_level: dict, recomputed: bool, parts: int) -> None:
+    """Hidden patches, a first encoding of parts and layers that are computed again leave no trace in them."""
     model = make_config().model.model_dump()
     model["image_tower"] = {"name": "test_efficientnet", "image_size": 64, "pooling": "mean"}
-    return lambda name, **sections: make_config(name, model=model, **sections)
-
-
-def test_hidden_patches_leave_no_trace_in_them(make_convolutional: MakeConfig, every_level: dict) -> None:
-    plain = _statistics(make_convolutional("plain", objective={**every_level, "masked_modeling": {}}))
-    masked = _statistics(make_convolutional("masked", objective=every_level))
-    for one, other in zip(plain, masked, strict=True):
-        torch.testing.assert_close(other, one)
-
-
-def test_a_part_that_is_encoded_twice_counts_once(make_convolutional: MakeConfig) -> None:
-    statistics = _statistics(make_convolutional("parts", training={"accumulation": 2}))
-    assert {int(count) for count in statistics if not count.is_floating_point()} == {2}
+    training = {"accumulation": parts, "activation_checkpointing": recomputed}
+    run = Run(make_config(model=model, objective=every_level, training=training), Ranks(0, 1, torch.device("cpu")))
+    run.telemetry.close()
+    stepper, batch = run.stepper, next(run._batches())
+    stepper.parallel.train()
+    before = _statistics(stepper.network)
+    assert before
+    weights = {name: value.clone() for name, value in stepper.network.state_dict().items()}
+    stepper.take(batch, 0, 10)
+    taken = _statistics(stepper.network)
+    stepper.network.load_state_dict(weights)
+    with torch.no_grad():
+        for pixels in batch.pixels.chunk(parts):
+            stepper.network.encoder.encode_image(pixels)
+    for one, expected, unseen in zip(taken, _statistics(stepper.network), before, strict=True):
+        torch.testing.assert_close(one, expected)
+        assert not torch.equal(one, unseen)

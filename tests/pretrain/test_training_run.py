@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from cots.config import PretrainConfig
-from cots.errors import TrainingError
+from cots.errors import ConfigError, TrainingError
 from cots.tokenizer_config import VisualTokenizerTrainingConfig
-from pretrain import training_run
+from pretrain.step_trace import FILE
 from pretrain.tokenizer_training import train_visual_tokenizer
 from pretrain.trainer import Run, pretrain
+from pretrain.trial import try_out
 
 MakeConfig = Callable[..., PretrainConfig]
 
@@ -70,28 +72,55 @@ def test_unreadable_items_of_a_cache_are_judged_among_all(
 
 
 @pytest.mark.parametrize("moment", ["building", "decoding"])
-def test_sigterm_before_the_first_step_ends_with_0(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, moment: str
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_before_the_first_step_ends_at_once(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, moment: str, ranks: int
 ) -> None:
+    """With 0; a rank of several with the code of a killed process, or torchrun would take it for one that is done."""
     before = signal.getsignal(signal.SIGTERM)
 
     def stop(*_: object) -> Iterator[None]:
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the signal was not heeded")
 
     monkeypatch.setattr(Run, "_open_sources" if moment == "building" else "_samples", stop)
     with pytest.raises(SystemExit) as ended:
         pretrain(make_config())
-    assert ended.value.code == 0
+    assert ended.value.code == (0 if ranks == 1 else 143)
     assert "Stopped before the first step; there was nothing to save." in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_steps_are_traced_where_it_is_asked_for(make_config: MakeConfig, capsys: pytest.CaptureFixture) -> None:
-    run = pretrain(make_config(training={"trace_step": 3, "epochs": 3}))
-    with gzip.open(run / "trace.json.gz", "rt") as file:
+@pytest.mark.parametrize(("first", "traced"), [(2, 3), (6, 1), (7, 0)])
+def test_steps_are_traced_where_it_is_asked_for(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture, first: int, traced: int
+) -> None:
+    """Of six steps; where the run ends before three are taken, there are fewer."""
+    run = pretrain(make_config(training={"trace_step": first, "epochs": 1}))
+    said = capsys.readouterr().err
+    assert not torch._C._autograd._profiler_enabled()
+    if not traced:
+        assert "No step is traced: training.trace_step=7 is not among the steps to come." in said
+        assert not (run / FILE).exists()
+        return
+    with gzip.open(run / FILE, "rt") as file:
         events = json.load(file)["traceEvents"]
-    steps = [event for event in events if event.get("name", "").startswith("Optimizer.step")]
-    assert len(steps) == training_run.STEPS
-    assert "trace.json.gz" in capsys.readouterr().err
-    assert not (pretrain(make_config("plain")) / "trace.json.gz").exists()
+    assert sum(event.get("name", "").startswith("Optimizer.step") for event in events) == traced
+    assert f"A trace of {traced} step{'s' if traced > 1 else ''} is in {run / FILE}." in said
+
+
+def test_a_check_traces_nothing(make_config: MakeConfig) -> None:
+    try_out(make_config(training={"trace_step": 1}))
+    assert not torch._C._autograd._profiler_enabled()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(make_config: MakeConfig) -> None:
+    run = pretrain(make_config(training={"epochs": 1, "checkpoint_steps": 3}))
+    (checkpoint,) = run.glob("checkpoints/*3.pt")
+    max(run.glob("checkpoints/*.pt")).unlink()
+    state = torch.load(checkpoint)
+    del state["format"]
+    torch.save(state, checkpoint)
+    with pytest.raises(ConfigError, match="is of an earlier version of COTS, whose steps to come had other samples"):
+        pretrain(make_config(training={"epochs": 1, "checkpoint_steps": 3, "resume": True}))
