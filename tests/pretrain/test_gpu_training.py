@@ -88,7 +88,6 @@ def test_a_compiled_run_compiles_nothing_after_its_first_steps(make_config: Make
 
 @pytest.mark.parametrize("changes", [{"activation_checkpointing": True}, {"accumulation": 4}])
 def test_saving_memory_changes_no_loss(make_config: MakeConfig, every_level: dict, changes: dict) -> None:
-    every_level["masked_modeling"] = {}
     training = {"device": "cuda", "precision": "fp32"}
     plain = pretrain(make_config("plain", objective=every_level, training=training))
     thrifty = pretrain(make_config("thrifty", objective=every_level, training={**training, **changes}))
@@ -151,8 +150,8 @@ def test_a_resumed_run_takes_the_steps_of_one_that_was_never_stopped(
     "changes", [{}, {"compile": True}, {"sharding": "sharded"}, {"sharding": "sharded", "compile": True}]
 )
 def test_two_gpus_take_the_steps_of_one(make_config: MakeConfig, every_level: dict, changes: dict) -> None:
-    every_level["masked_modeling"] = {}
-    common = {"objective": every_level, "data": {"captions_per_item": 2}}
+    data = {"captions_per_item": 2, "augmentation": {"color": 0.4, "crop_scale": [0.5, 1.0]}}
+    common = {"objective": every_level, "data": data}
     training = {"device": "auto", "precision": "fp32", "averaging": 0.9}
     one = make_config("one", **common, training=training)
     two = make_config("two", **common, training={**training, **changes})
