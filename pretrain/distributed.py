@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from cots.errors import ConfigError
 
@@ -142,24 +140,6 @@ class StopRequest:
 
     def _receive(self, *_: object) -> None:
         self._received = True
-
-
-@torch.no_grad()
-def average_statistics(network: nn.Module) -> None:
-    """Give the running statistics of batch norms that are learning the mean over all ranks.
-
-    Each rank gathers them from its own part of the batch; one that went on by its own would drift apart, and come back
-    as another one from a checkpoint.
-    """
-    learning = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
-    buffers = [buffer for module in learning for buffer in (module.running_mean, module.running_var)]
-    found = [buffer for buffer in buffers if buffer is not None]
-    if not found:
-        return
-    joined = torch.cat(found)
-    dist.all_reduce(joined)
-    joined /= dist.get_world_size()
-    torch._foreach_copy_(found, list(joined.split([len(buffer) for buffer in found])))
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:

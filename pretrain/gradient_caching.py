@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pretrain.network import NetworkInput, TrainingNetwork, still_statistics
+from pretrain.batch_norms import still_statistics
+from pretrain.network import NetworkInput, TrainingNetwork
 
 
 class EmbeddingCache:

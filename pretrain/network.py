@@ -2,20 +2,18 @@
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from cots.config import MaskedModelingConfig, PretrainConfig
 from cots.data.masking import HiddenWords, patch_mask
 from cots.errors import ConfigError
 from cots.model.dual_encoder import DualEncoder
 from cots.objectives.masked_modeling import MaskedModelingHead
+from pretrain.batch_norms import still_statistics
 
 Counts = tuple[int, ...] | None
 Network = TypeVar("Network", bound=nn.Module)
@@ -138,21 +136,6 @@ class TrainingNetwork(nn.Module):
             scalars["loss_masked_text"] = output.losses.detach().mean()
             scalars["masked_text_accuracy"] = output.accuracy
         return NetworkOutput(image, text, losses, scalars)
-
-
-@contextmanager
-def still_statistics(network: nn.Module) -> Iterator[None]:
-    """Batch norms that are learning go by the batch, as ever, but their running statistics do not follow it: those are
-    of whole pictures, each seen once, as a model meets them that is not trained any more."""
-    learning = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
-    before = [module.momentum for module in learning]
-    for module in learning:
-        module.momentum = 0.0
-    try:
-        yield
-    finally:
-        for module, momentum in zip(learning, before):
-            module.momentum = momentum
 
 
 def encode_items(encoder: DualEncoder, pixels: Tensor, counts: Counts) -> Tensor:

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +22,12 @@ from cots.model.visual_tokenizer import VisualTokenizer
 from cots.objectives.collaborative import CollaborativeObjective
 from cots.objectives.gathering import gather
 from cots.objectives.retrieval import MomentumFeatures, PairFeatures
-from pretrain.distributed import Ranks, average_statistics
+from pretrain.batch_norms import average_statistics, still_statistics
+from pretrain.distributed import Ranks
 from pretrain.gradient_caching import EmbeddingCache
 from pretrain.loader import Batch
 from pretrain.momentum import MovingAverage
-from pretrain.network import HiddenPatches, NetworkInput, TrainingNetwork, encode_items, still_statistics, without_data
+from pretrain.network import HiddenPatches, NetworkInput, TrainingNetwork, encode_items, without_data
 from pretrain.optimizer import create_optimizer, rate_factor, set_rates
 from pretrain.sharding import (
     clip_gradients,
@@ -282,7 +283,8 @@ class TrainingStep:
         accumulation = self.config.training.accumulation
         if accumulation == 1:
             losses = self.losses(batch, progress)
-            with still_statistics(self.working.network):  # of layers that are computed again
+            recomputing = self.config.training.activation_checkpointing
+            with still_statistics(self.working.network) if recomputing else nullcontext():
                 losses.total.backward()
             return losses.features, losses.scalars
         parts = self.hide(batch).split(accumulation)
