@@ -3,6 +3,7 @@
     python benchmarks/train_throughput.py --tokenizer vocab.txt                            # one GPU, synthetic data
     python benchmarks/train_throughput.py --tokenizer vocab.txt --shards 'train-*.tar'     # decoded from disk too
     torchrun --nproc-per-node 2 benchmarks/train_throughput.py --tokenizer vocab.txt --only "every level"
+    python benchmarks/train_throughput.py --tokenizer vocab.txt --config configs/cots_large.yaml --batch 128 --only ...
     python benchmarks/train_throughput.py --tokenizer vocab.txt --only --shards 'train-*.tar' --gpus 2
 
 Pixels and word pieces are random and lie on the GPU. Every row is a process of its own, so that memory and compiled
@@ -28,6 +29,7 @@ from run_facts import run_facts
 from cots.config import PretrainConfig, read_config
 from cots.model.visual_tokenizer import VisualTokenizer, save_visual_tokenizer
 from cots.tokenizer_config import VisualTokenizerConfig
+from pretrain.determinism import deterministic_arithmetic
 from pretrain.distributed import Ranks, process_group
 from pretrain.flops import flops_per_pair, matrix_rate
 from pretrain.loader import Batch
@@ -47,6 +49,7 @@ ROWS: dict[str, list[str]] = {
     "queues and tokens": [*NO_ALIGNMENT, *NO_FILTER],
     "queues and alignment": [*NO_TOKENS, *NO_FILTER],
     "queues and filter": [*NO_TOKENS, *NO_ALIGNMENT],
+    "every level, deterministic": ["training.deterministic=true"],
     "every level, eager": ["training.compile=false"],
     "every level, compiled under autocast": ["training.precision=fp32"],
     "every level": [],
@@ -105,13 +108,14 @@ def open_clip_step(compiled: bool, device: torch.device, batch_size: int) -> tup
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Build one row's step, warm it up and time it."""
-    with process_group("cuda") as ranks, tempfile.TemporaryDirectory() as scratch:
+    arithmetic = deterministic_arithmetic("deterministic" in name)
+    with arithmetic, process_group("cuda") as ranks, tempfile.TemporaryDirectory() as scratch:
         started = time.perf_counter()
         if name.startswith("open_clip"):
             torch.backends.cuda.matmul.allow_tf32 = True  # as its training script does; our trainer does not
             take, flops = open_clip_step("compiled" in name, ranks.device, arguments.batch)
         else:
-            config = read_config(arguments.config, [*_common(arguments, scratch), *ROWS[name]])
+            config = read_config(arguments.config, [*_common(arguments, scratch), *ROWS[name], *arguments.set])
             take, flops = our_step(config, ranks, arguments.batch)
         context = torch.autocast("cuda", torch.bfloat16, enabled="autocast" in name)
         with context:
@@ -193,6 +197,7 @@ def _common(arguments: argparse.Namespace, scratch: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/cots_base.yaml")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of our rows")
     parser.add_argument("--tokenizer", required=True, help="a BERT vocab.txt")
     parser.add_argument("--batch", type=int, default=512, help="pairs a GPU")
     parser.add_argument("--shards", default="", help="also train from these webdataset shards")

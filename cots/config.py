@@ -301,6 +301,9 @@ class TrainingConfig(Settings):
     """Write the log for TensorBoard too, under tensorboard/ (pip install tensorboard)."""
     wandb: str = ""
     """Log to this Weights & Biases project too (pip install wandb)."""
+    deterministic: bool = False
+    """Steps that come out the same to the bit each time on one device, on a GPU too, so that a run that goes on equals
+    one that was never stopped; slower. On a CPU they do without it."""
     trace_step: int = Field(0, ge=0)
     """First of three steps that torch's profiler traces into trace.json.gz; 0: none. Choose one after the first few,
     which compile and warm up."""

@@ -14,6 +14,7 @@ from cots.data.device_augmentation import DRAWS
 from cots.errors import ConfigError, CotsError, TrainingError
 from cots.tokenizer_config import VisualTokenizerTrainingConfig
 from pretrain.checkpoint import checkpoint_to_resume
+from pretrain.determinism import deterministic_arithmetic
 from pretrain.distributed import process_group
 from pretrain.epochs import Epochs
 from pretrain.pair_sources import open_source
@@ -107,7 +108,7 @@ def _try_out(config: VisualTokenizerTrainingConfig, train: list[SourceFacts]) ->
     data = config.data.model_copy(update={"workers": 0, "validation": [], "cache_side": None})
     with tempfile.TemporaryDirectory(prefix="cots-check-") as directory, redirect_stderr(io.StringIO()):
         small = training.model_copy(update={**changes, "output": directory})
-        with process_group(training.device) as ranks:
+        with deterministic_arithmetic(training.deterministic), process_group(training.device) as ranks:
             run = TokenizerRun(config.model_copy(update={"training": small, "data": data}), ranks)
             try:
                 run.train()

@@ -28,6 +28,7 @@ from pretrain.checkpoint import (
     save_checkpoint,
     writing_to,
 )
+from pretrain.determinism import deterministic_arithmetic
 from pretrain.distributed import (
     Ranks,
     StopRequest,
@@ -51,7 +52,7 @@ _FREE_ON_RESUMING: dict[str, set[str]] = {
     "training": {
         "output", "resume", "device", "compile", "activation_checkpointing", "log_every", "validate_every",
         "validate_steps", "checkpoint_every", "checkpoint_steps", "keep_checkpoints", "weights_dtype", "tensorboard",
-        "wandb", "trace_step",
+        "wandb", "trace_step", "deterministic",
     },
 }  # fmt: skip
 
@@ -324,7 +325,12 @@ def run_training(kind: type[TrainingRun[Config, Any]], config: Config) -> Path:
         TrainingError: the loss is no number, too many samples cannot be read, the run cannot be written, or another
             process of it has gone.
     """
-    with writing_to(Path(config.training.output)), process_group(config.training.device) as ranks:
+    training = config.training
+    with (
+        writing_to(Path(training.output)),
+        deterministic_arithmetic(training.deterministic),
+        process_group(training.device) as ranks,
+    ):
         with ending_at_sigterm():
             run = kind(config, ranks)
         try:

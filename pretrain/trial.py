@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cots.config import PretrainConfig
+from pretrain.determinism import deterministic_arithmetic
 from pretrain.distributed import process_group
 from pretrain.loader import Batch
 from pretrain.sharding import layers_of
@@ -62,7 +63,8 @@ def try_out(config: PretrainConfig) -> Trial:
     beside = next(parent for parent in output.parents if parent.is_dir())
     with tempfile.TemporaryDirectory(prefix=".check-", dir=beside) as directory:
         small = _small(config, Path(directory) / "run")
-        with process_group(config.training.device) as ranks, redirect_stderr(io.StringIO()):
+        arithmetic = deterministic_arithmetic(config.training.deterministic)
+        with arithmetic, process_group(config.training.device) as ranks, redirect_stderr(io.StringIO()):
             run = Run(small, ranks)
             try:
                 run.train()

@@ -1,0 +1,59 @@
+"""Steps that come out the same to the bit each time they are taken on a device."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from cots.errors import ConfigError
+
+_REFUSAL = "does not have a deterministic implementation"
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
+@contextmanager
+def deterministic_arithmetic(asked: bool) -> Iterator[None]:
+    """Where `asked`, torch adds up in one order alone, by what it measures of no kernel; else nothing changes.
+
+    A GPU's sums come out differently from run to run for two reasons: threads that add to one place in whatever order
+    they get there, and kernels that are chosen by their time.
+
+    Raises:
+        ConfigError: something was to be computed of which torch has no such form, or the process has multiplied
+            matrices on a GPU before.
+    """
+    if not asked:
+        yield
+        return
+    # torch wants this said to cuBLAS, and looks once in a process, at its first matrix product
+    os.environ.setdefault(_CUBLAS, ":4096:8")
+    with ExitStack() as stack:
+        stack.callback(
+            torch.use_deterministic_algorithms,
+            torch.are_deterministic_algorithms_enabled(),
+            warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+        stack.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+        filling = torch.utils.deterministic.fill_uninitialized_memory
+        stack.callback(setattr, torch.utils.deterministic, "fill_uninitialized_memory", filling)
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory
+        import torch._inductor.config as inductor  # a second; of the compiler, and only here
+
+        stack.enter_context(inductor.patch(deterministic=True))
+        try:
+            yield
+        except RuntimeError as error:
+            if _CUBLAS in str(error):
+                raise ConfigError(
+                    "training.deterministic=true has to be known before a process first computes on a GPU; set "
+                    f"{_CUBLAS}=:4096:8 in its environment, or train in a process of its own (cots pretrain)."
+                ) from error
+            if _REFUSAL not in str(error):
+                raise
+            raise ConfigError(
+                f"With training.deterministic=true: {str(error).split(_REFUSAL)[0]}{_REFUSAL} on this device in torch "
+                f"{torch.__version__}; leave the setting out."
+            ) from error
