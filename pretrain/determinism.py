@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -35,11 +36,11 @@ def deterministic_arithmetic(asked: bool) -> Iterator[None]:
             warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
         )
         stack.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
-        filling = torch.utils.deterministic.fill_uninitialized_memory
-        stack.callback(setattr, torch.utils.deterministic, "fill_uninitialized_memory", filling)
+        settings: Any = torch.utils.deterministic
+        stack.callback(setattr, settings, "fill_uninitialized_memory", settings.fill_uninitialized_memory)
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory
+        settings.fill_uninitialized_memory = False  # nothing reads such memory
         import torch._inductor.config as inductor  # a second; of the compiler, and only here
 
         stack.enter_context(inductor.patch(deterministic=True))
