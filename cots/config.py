@@ -168,8 +168,12 @@ class NoiseFilterConfig(Settings):
 
     queue_size: int = Field(0, ge=0)
     """Similarities of past pairs from which the threshold is computed; 0: no filter."""
+    rule: Literal["deviations", "mixture"] = "deviations"
+    """What is unusually low. `deviations`, as in the paper: so far below the mean, by which some pairs are left out of
+    any training. `mixture`: of the lower one of two hills, with odds of nine to one; where the similarities form but
+    one, as those of pairs that all belong together do, every pair teaches."""
     deviations: float = Field(1.0)
-    """The threshold lies this many standard deviations below the mean."""
+    """With `rule: deviations` the threshold lies this many standard deviations below the mean."""
     start: float = Field(0.1, ge=0, le=1)
     """Share of the steps after which the filter begins: before, the similarities say little."""
 

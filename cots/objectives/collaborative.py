@@ -80,7 +80,11 @@ class CollaborativeObjective(nn.Module):
             contrastive, alignment = self.config.contrastive, self.config.task_alignment
             temperature = self.temperature
             tasks = retrieval_tasks(batch, self.queue, temperature, contrastive.in_batch)
-            kept = self._kept(batch, progress)
+            kept: Tensor | None = None  # (W*B,) bool of the global batch
+            if self.filter.enabled:
+                threshold = self.filter.threshold()
+                kept = self.filter.keep(batch.by_momentum.image, batch.by_momentum.text, threshold, progress)
+                scalars |= {"filter_kept": kept.float().mean(), "filter_threshold": threshold}
             if contrastive.weight:
                 losses = _mean([contrastive_losses(task, contrastive.label_smoothing) for task in tasks])
                 mean = _mean_of_kept(losses, batch, kept)
@@ -99,9 +103,6 @@ class CollaborativeObjective(nn.Module):
             }
             if self.queue.size:
                 scalars["queue_fill"] = self.queue.fill.float() / self.queue.size
-            if kept is not None:
-                scalars["filter_kept"] = kept.float().mean()
-                scalars["filter_threshold"] = self.filter.threshold()
         return ObjectiveOutput(loss, scalars)
 
     def _alignment(self, batch: PairFeatures, tasks: list[RetrievalTasks]) -> Tensor:
@@ -119,12 +120,6 @@ class CollaborativeObjective(nn.Module):
         self.queue.enqueue(batch.momentum.image, batch.momentum.text, batch.all_item_ids)
         if self.filter.enabled:
             self.filter.enqueue(batch.momentum.image, batch.momentum.text)
-
-    def _kept(self, batch: PairFeatures, progress: float) -> Tensor | None:
-        """(W*B,) bool of the global batch, or None without a filter."""
-        if not self.filter.enabled:
-            return None
-        return self.filter.keep(batch.by_momentum.image, batch.by_momentum.text, progress)
 
 
 def _mean(values: list[Tensor]) -> Tensor:

@@ -3,12 +3,20 @@
 The momentum towers' similarities of past pairs are kept in a queue; a pair whose own similarity lies more than some
 deviations below the queue's mean is taken for noise (COTS, Lu et al. 2022, section 3.3). The threshold moves with the
 towers: what is unusual is measured against what is usual at that time.
+
+Some pairs are always so many deviations below the mean, also where all belong together. The other rule is ours: pairs
+are left out only if the similarities form two hills, and then those that are of the lower one.
 """
 
 import torch
 from torch import Tensor, nn
 
 from cots.config import NoiseFilterConfig
+from cots.objectives.two_normals import TwoNormals
+
+_HILLS = 2.0  # `TwoNormals.apart` of two hills
+_ODDS = 9.0  # with which a pair is of the lower one
+_NONE = -1.0  # no similarity is lower
 
 
 class NoiseFilter(nn.Module):
@@ -35,8 +43,16 @@ class NoiseFilter(nn.Module):
     def enabled(self) -> bool:
         return self.config.queue_size > 0
 
+    @torch.no_grad()
     def threshold(self) -> Tensor:
-        """() float32: mean - deviations * standard deviation of the queue."""
+        """() float32, of the queue: mean - deviations * standard deviation, or where the lower hill ends.
+
+        -1 if there are no two hills, or the queue, which they are looked for in, is not full.
+        """
+        if self.config.rule == "mixture":
+            found = TwoNormals.fit(self.similarities)
+            end = found.end_of_lower(_ODDS).nan_to_num(_NONE)
+            return torch.where((found.apart > _HILLS) & (self.fill == len(self.similarities)), end, _NONE)
         written = torch.arange(len(self.similarities), device=self.similarities.device) < self.fill
         count = self.fill.clamp_min(1)
         mean = (self.similarities * written).sum() / count
@@ -44,11 +60,12 @@ class NoiseFilter(nn.Module):
         return mean - self.config.deviations * variance.sqrt()
 
     @torch.no_grad()
-    def keep(self, image: Tensor, text: Tensor, progress: float) -> Tensor:
+    def keep(self, image: Tensor, text: Tensor, threshold: Tensor, progress: float) -> Tensor:
         """Which pairs of the global batch teach.
 
         Args:
             image, text: (B, D) momentum features of all ranks, unit norm: every rank decides alike.
+            threshold: ().
             progress: share of the training done. Before `start`, and while the queue is not full, all pairs teach.
 
         Returns:
@@ -57,7 +74,7 @@ class NoiseFilter(nn.Module):
         similarity = (image * text).sum(dim=1)
         if progress < self.config.start:
             return torch.ones_like(similarity, dtype=torch.bool)
-        return (similarity >= self.threshold()) | (self.fill < len(self.similarities))
+        return (similarity >= threshold) | (self.fill < len(self.similarities))
 
     @torch.no_grad()
     def enqueue(self, image: Tensor, text: Tensor) -> None:

@@ -35,10 +35,26 @@ def test_pairs_below_the_threshold_do_not_teach() -> None:
     noise_filter = NoiseFilter(NoiseFilterConfig(queue_size=4, deviations=1.0, start=0.5))
     pairs = _pairs_with([0.6, -0.2, 0.5])
     noise_filter.enqueue(*_pairs_with([0.5, 0.6]))
-    assert noise_filter.keep(*pairs, progress=1.0).all()  # the queue is not full
+    assert noise_filter.keep(*pairs, noise_filter.threshold(), progress=1.0).all()  # the queue is not full
     noise_filter.enqueue(*_pairs_with([0.5, 0.6]))
-    assert noise_filter.keep(*pairs, progress=0.4).all()  # too early
-    assert noise_filter.keep(*pairs, progress=0.5).tolist() == [True, False, True]
+    assert noise_filter.keep(*pairs, noise_filter.threshold(), progress=0.4).all()  # too early
+    assert noise_filter.keep(*pairs, noise_filter.threshold(), progress=0.5).tolist() == [True, False, True]
+
+
+def test_a_mixture_leaves_out_the_lower_hill_and_nothing_where_there_is_one() -> None:
+    random = torch.Generator().manual_seed(0)
+    together, wrong = (mean + 0.1 * torch.randn(1000, generator=random) for mean in (0.55, 0.0))
+    pairs = _pairs_with([-0.2, 0.0, 0.2, 0.4, 0.6])
+    noise_filter = NoiseFilter(NoiseFilterConfig(queue_size=1000, rule="mixture", start=0.0))
+    noise_filter.enqueue(*_pairs_with([*together[:700].tolist(), *wrong[:200].tolist()]))
+    assert noise_filter.keep(*pairs, noise_filter.threshold(), progress=1.0).all()  # the queue is not full
+    assert noise_filter.threshold().item() == -1
+    noise_filter.enqueue(*_pairs_with(together[700:800].tolist()))
+    kept = noise_filter.keep(*pairs, noise_filter.threshold(), progress=1.0)
+    assert kept.tolist() == [False, False, False, True, True]
+    noise_filter.enqueue(*_pairs_with(together.tolist()))
+    assert noise_filter.keep(*pairs, noise_filter.threshold(), progress=1.0).all()
+    assert noise_filter.threshold().item() == -1
 
 
 def _batch(similarities: list[float]) -> PairFeatures:

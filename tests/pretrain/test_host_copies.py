@@ -39,13 +39,15 @@ class _CopiesFromTheCpu(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize(("frames", "rule"), [(1, "deviations"), (3, "mixture")])
 def test_a_step_copies_nothing_from_the_cpu(
     make_config: Callable[..., PretrainConfig],
     every_level: dict,
     monkeypatch: pytest.MonkeyPatch,
     frames: int,
+    rule: str,
 ) -> None:
+    every_level["noise_filter"]["rule"] = rule
     data = {"frames_per_item": frames, "captions_per_item": 2}
     run = Run(make_config(objective=every_level, data=data), Ranks(0, 1, torch.device("cpu")))
     stepper = run.stepper.outlined()
