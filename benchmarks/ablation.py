@@ -35,6 +35,12 @@ TOKENS = [
 ]
 ALIGNMENT = ["objective.task_alignment.weight=0.1"]
 FILTER = ["objective.noise_filter.queue_size=6000", "objective.noise_filter.deviations=0.5"]
+STRONGER = [
+    "objective.masked_modeling.image_weight=0.1",
+    "objective.masked_modeling.text_weight=0.5",
+    "objective.task_alignment.weight=0.3",
+]
+MIXTURE = ["objective.noise_filter.queue_size=6000", "objective.noise_filter.rule=mixture"]
 ARMS: dict[str, list[str]] = {
     "contrastive only": [],
     "+ momentum queues": QUEUES,
@@ -42,6 +48,8 @@ ARMS: dict[str, list[str]] = {
     "+ task alignment": ALIGNMENT,
     "+ noise filter": FILTER,
     "all together": [*QUEUES, *TOKENS, *ALIGNMENT, *FILTER],
+    "all together, mixture": [*QUEUES, *TOKENS, *ALIGNMENT, *MIXTURE],
+    "stronger levels, mixture": [*QUEUES, *STRONGER, *MIXTURE],
 }
 NOISE = 0.2
 SHARDS = Path("data/flickr8k")

@@ -143,6 +143,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         middle = statistics.median(seconds)
         return {
             "name": name,
+            "config": arguments.config,
+            "settings": arguments.set,
             "gpus": ranks.count,
             "milliseconds": 1000 * middle,
             "spread": 1000 * (max(seconds) - min(seconds)),
@@ -224,7 +226,7 @@ def main() -> None:
     if arguments.shards:
         last = from_disk(arguments)
         shown = {key: last[key] for key in ("pairs_per_second", "mfu", "data_wait", "peak_memory_gib")}
-        row = {"name": "every level, from disk", "gpus": arguments.gpus, **shown, "run": run_facts()}
+        row = {"name": "every level, from disk", "config": arguments.config, "gpus": arguments.gpus, **shown, "run": run_facts()}
         with arguments.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"every level, from disk, {arguments.gpus} GPU: {shown}", flush=True)
