@@ -226,7 +226,8 @@ def main() -> None:
     if arguments.shards:
         last = from_disk(arguments)
         shown = {key: last[key] for key in ("pairs_per_second", "mfu", "data_wait", "peak_memory_gib")}
-        row = {"name": "every level, from disk", "config": arguments.config, "gpus": arguments.gpus, **shown, "run": run_facts()}
+        told = {"name": "every level, from disk", "config": arguments.config, "gpus": arguments.gpus}
+        row = {**told, **shown, "run": run_facts()}
         with arguments.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"every level, from disk, {arguments.gpus} GPU: {shown}", flush=True)
