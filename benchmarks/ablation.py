@@ -41,14 +41,17 @@ STRONGER = [
     "objective.task_alignment.weight=0.3",
 ]
 MIXTURE = ["objective.noise_filter.queue_size=6000", "objective.noise_filter.rule=mixture"]
-ARMS: dict[str, list[str]] = {
+LEVELS: dict[str, list[str]] = {
     "contrastive only": [],
     "+ momentum queues": QUEUES,
     "+ masked modelling": TOKENS,
     "+ task alignment": ALIGNMENT,
     "+ noise filter": FILTER,
     "all together": [*QUEUES, *TOKENS, *ALIGNMENT, *FILTER],
+}
+ARMS = LEVELS | {  # named with --arms
     "all together, mixture": [*QUEUES, *TOKENS, *ALIGNMENT, *MIXTURE],
+    "stronger levels": [*QUEUES, *STRONGER, *FILTER],
     "stronger levels, mixture": [*QUEUES, *STRONGER, *MIXTURE],
 }
 NOISE = 0.2
@@ -147,7 +150,7 @@ def table(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--arms", nargs="*", help="by default all; `, noisy` may be added to a name, settings after a colon"
+        "--arms", nargs="*", help="by default the levels; `, noisy` may be added to a name, settings after a colon"
     )
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--gpus", nargs="*", default=["0"])
@@ -161,7 +164,7 @@ def main() -> None:
     if arguments.table:
         print(table([json.loads(line) for line in arguments.table.read_text().splitlines()]))
         return
-    given = arguments.arms or [*ARMS, "contrastive only, noisy", "+ noise filter, noisy", "all together, noisy"]
+    given = arguments.arms or [*LEVELS, "contrastive only, noisy", "+ noise filter, noisy", "all together, noisy"]
     settings = dict(map(settings_of, given))
     names = list(settings)
     if any(name.endswith(", noisy") for name in names):

@@ -108,14 +108,15 @@ def open_clip_step(compiled: bool, device: torch.device, batch_size: int) -> tup
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Build one row's step, warm it up and time it."""
-    arithmetic = deterministic_arithmetic("deterministic" in name)
+    settings = [] if name.startswith("open_clip") else [*ROWS[name], *arguments.set]
+    arithmetic = deterministic_arithmetic("training.deterministic=true" in settings)
     with arithmetic, process_group("cuda") as ranks, tempfile.TemporaryDirectory() as scratch:
         started = time.perf_counter()
         if name.startswith("open_clip"):
             torch.backends.cuda.matmul.allow_tf32 = True  # as its training script does; our trainer does not
             take, flops = open_clip_step("compiled" in name, ranks.device, arguments.batch)
         else:
-            config = read_config(arguments.config, [*_common(arguments, scratch), *ROWS[name], *arguments.set])
+            config = read_config(arguments.config, [*_common(arguments, scratch), *settings])
             take, flops = our_step(config, ranks, arguments.batch)
         context = torch.autocast("cuda", torch.bfloat16, enabled="autocast" in name)
         with context:
@@ -143,8 +144,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         middle = statistics.median(seconds)
         return {
             "name": name,
-            "config": arguments.config,
-            "settings": arguments.set,
+            "config": "" if name.startswith("open_clip") else arguments.config,
+            "settings": settings,
             "gpus": ranks.count,
             "milliseconds": 1000 * middle,
             "spread": 1000 * (max(seconds) - min(seconds)),
@@ -176,6 +177,7 @@ def from_disk(arguments: argparse.Namespace) -> dict[str, float]:
             f"training.output={scratch}/run",
             f"training.epochs={arguments.epochs}",
             "training.log_every=8",
+            *arguments.set,
         ]
         several = ["-m", "torch.distributed.run", "--nproc-per-node", str(arguments.gpus)] if arguments.gpus > 1 else []
         command = [sys.executable, *several, "-m", "pretrain", str(arguments.config), *overrides]
@@ -226,8 +228,8 @@ def main() -> None:
     if arguments.shards:
         last = from_disk(arguments)
         shown = {key: last[key] for key in ("pairs_per_second", "mfu", "data_wait", "peak_memory_gib")}
-        told = {"name": "every level, from disk", "config": arguments.config, "gpus": arguments.gpus}
-        row = {**told, **shown, "run": run_facts()}
+        told = {"name": "every level, from disk", "config": arguments.config, "settings": arguments.set}
+        row = {**told, "gpus": arguments.gpus, **shown, "run": run_facts()}
         with arguments.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"every level, from disk, {arguments.gpus} GPU: {shown}", flush=True)

@@ -163,6 +163,9 @@ class TaskAlignmentConfig(Settings):
         return self
 
 
+LEAST_MIXTURE = 1000  # similarities; of 512 that are of one hill, one draw in 250 looks like two
+
+
 class NoiseFilterConfig(Settings):
     """Pairs whose momentum similarity is unusually low contribute no contrastive and no alignment loss."""
 
@@ -170,12 +173,23 @@ class NoiseFilterConfig(Settings):
     """Similarities of past pairs from which the threshold is computed; 0: no filter."""
     rule: Literal["deviations", "mixture"] = "deviations"
     """What is unusually low. `deviations`, as in the paper: so far below the mean, by which some pairs are left out of
-    any training. `mixture`: of the lower one of two hills, with odds of nine to one; where the similarities form but
-    one, as those of pairs that all belong together do, every pair teaches."""
+    any training. `mixture`: of the lower one of two hills, with odds of nine to one, if it is the smaller one and lies
+    where captions of other pictures lie; where there is no such hill every pair teaches."""
     deviations: float = Field(1.0)
     """With `rule: deviations` the threshold lies this many standard deviations below the mean."""
     start: float = Field(0.1, ge=0, le=1)
     """Share of the steps after which the filter begins: before, the similarities say little."""
+
+    @model_validator(mode="after")
+    def _applies(self) -> "NoiseFilterConfig":
+        if self.rule == "mixture" and 0 < self.queue_size < LEAST_MIXTURE:
+            raise ValueError(
+                f"rule=mixture finds two hills in any few similarities; set queue_size to {LEAST_MIXTURE} or more, or "
+                "rule=deviations"
+            )
+        if self.rule == "mixture" and self.deviations != type(self).model_fields["deviations"].default:
+            raise ValueError("deviations has no effect with rule=mixture; set rule=deviations, or leave it out")
+        return self
 
 
 class ObjectiveConfig(Settings):

@@ -58,6 +58,7 @@ QUANTITIES: dict[str, dict[str, Quantity]] = {  # by section and name in the log
         "queue_fill": Quantity("Queue fill", "%", factor=100, top=100.0),
         "filter_kept": Quantity("Pairs kept by the filter", "%", factor=100, top=100.0),
         "filter_threshold": Quantity("Filter threshold", "cosine", from_zero=False),
+        "filter_two_hills": Quantity("Filter found wrong pairs", "% of the steps", factor=100, top=100.0),
         "direction_agreement": Quantity("Agreement of the directions", "%", factor=100),
         "masked_image_accuracy": Quantity("Masked-patch accuracy", "%", factor=100),
         "masked_text_accuracy": Quantity("Masked-word accuracy", "%", factor=100),

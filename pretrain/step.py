@@ -23,6 +23,7 @@ from cots.objectives.collaborative import CollaborativeObjective
 from cots.objectives.gathering import gather
 from cots.objectives.retrieval import MomentumFeatures, PairFeatures
 from pretrain.batch_norms import average_statistics, still_statistics
+from pretrain.determinism import compile_options
 from pretrain.distributed import Ranks
 from pretrain.gradient_caching import EmbeddingCache
 from pretrain.loader import Batch
@@ -118,7 +119,7 @@ class TrainingStep:
             if self.momentum_working is not None:
                 _compile_encoder(self.momentum_working.network, self.sharded)
             if visual_tokenizer is not None:
-                visual_tokenizer.encoder.compile(dynamic=False)
+                visual_tokenizer.encoder.compile(dynamic=False, options=compile_options())
         self.parallel: nn.Module = self.working.network
         if ranks.count > 1 and not self.sharded:
             # the views save a copy of all gradients; the buckets are reduced while the backward pass goes on
@@ -328,7 +329,7 @@ def _compile(network: TrainingNetwork, by_layer: bool) -> None:
     _compile_encoder(network.encoder, by_layer)
     for head in (network.image_head, network.text_head):
         if head is not None:
-            head.compile(dynamic=False)
+            head.compile(dynamic=False, options=compile_options())
 
 
 def _compile_encoder(encoder: DualEncoder, by_layer: bool) -> None:
@@ -337,13 +338,15 @@ def _compile_encoder(encoder: DualEncoder, by_layer: bool) -> None:
 
     Weights that are shared out are gathered between layers, outside of any graph: `by_layer`, each layer is a graph.
     """
+    options = compile_options()
     if by_layer:
         for layer in layers_of(encoder):
-            layer.forward = torch.compile(layer.forward, dynamic=False)
+            layer.forward = torch.compile(layer.forward, dynamic=False, options=options)
     else:
-        encoder.image_tower.compile(dynamic=False)
-        encoder.text_tower.compile(dynamic=False)
-    encoder.prepare_pixels = torch.compile(encoder.prepare_pixels, dynamic=False)  # type: ignore[method-assign]
+        encoder.image_tower.compile(dynamic=False, options=options)
+        encoder.text_tower.compile(dynamic=False, options=options)
+    prepare = torch.compile(encoder.prepare_pixels, dynamic=False, options=options)
+    encoder.prepare_pixels = prepare  # type: ignore[method-assign]
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from cots.errors import ConfigError
 from cots.model.visual_tokenizer import VisualTokenizer, save_visual_tokenizer
 from cots.objectives.gathering import gather
 from cots.tokenizer_config import VisualTokenizerTrainingConfig
+from pretrain.determinism import compile_options
 from pretrain.distributed import Ranks
 from pretrain.loader_workers import start_server
 from pretrain.momentum import MovingAverage
@@ -78,8 +79,8 @@ class TokenizerRun(TrainingRun[VisualTokenizerTrainingConfig, Squares]):
         if ranks.count > 1:
             self.parallel = DistributedDataParallel(self.tokenizer)
         if training.compile:
-            self.tokenizer.encoder.compile()
-            self.tokenizer.decoder.compile()
+            self.tokenizer.encoder.compile(options=compile_options())
+            self.tokenizer.decoder.compile(options=compile_options())
         bf16 = training.precision == "bf16" or (training.precision == "auto" and self.device.type == "cuda")
         self.dtype = torch.bfloat16 if bf16 else None
         self.augment = DeviceAugmentation(self.side, config.data.augmentation)

@@ -82,9 +82,9 @@ class CollaborativeObjective(nn.Module):
             tasks = retrieval_tasks(batch, self.queue, temperature, contrastive.in_batch)
             kept: Tensor | None = None  # (W*B,) bool of the global batch
             if self.filter.enabled:
-                threshold = self.filter.threshold()
-                kept = self.filter.keep(batch.by_momentum.image, batch.by_momentum.text, threshold, progress)
-                scalars |= {"filter_kept": kept.float().mean(), "filter_threshold": threshold}
+                judgement = self.filter.judge(batch.by_momentum.image, batch.by_momentum.text, progress)
+                kept = judgement.kept
+                scalars |= judgement.scalars
             if contrastive.weight:
                 losses = _mean([contrastive_losses(task, contrastive.label_smoothing) for task in tasks])
                 mean = _mean_of_kept(losses, batch, kept)

@@ -5,8 +5,12 @@ deviations below the queue's mean is taken for noise (COTS, Lu et al. 2022, sect
 towers: what is unusual is measured against what is usual at that time.
 
 Some pairs are always so many deviations below the mean, also where all belong together. The other rule is ours: pairs
-are left out only if the similarities form two hills, and then those that are of the lower one.
+are left out only if the similarities form two hills, of which the lower one is the smaller and lies where the
+similarities of pictures with captions of others lie; then those that are of it. (Two sources, one of them harder than
+the other, make two hills as well; the lower of these is far above what a caption of another picture has.)
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +20,18 @@ from cots.objectives.two_normals import TwoNormals
 
 _HILLS = 2.0  # `TwoNormals.apart` of two hills
 _ODDS = 9.0  # with which a pair is of the lower one
-_NONE = -1.0  # no similarity is lower
+_REACH = 2.0  # deviations above the mean of strangers that the lower one's mean lies at most
+
+
+@dataclass
+class Judgement:
+    """Attributes:
+    kept: (B,) bool, the pairs of the global batch that teach.
+    scalars: () float32 values for the log.
+    """
+
+    kept: Tensor
+    scalars: dict[str, Tensor]
 
 
 class NoiseFilter(nn.Module):
@@ -44,37 +59,47 @@ class NoiseFilter(nn.Module):
         return self.config.queue_size > 0
 
     @torch.no_grad()
-    def threshold(self) -> Tensor:
-        """() float32, of the queue: mean - deviations * standard deviation, or where the lower hill ends.
+    def judge(self, image: Tensor, text: Tensor, progress: float) -> Judgement:
+        """Which pairs of the global batch teach.
 
-        -1 if there are no two hills, or the queue, which they are looked for in, is not full.
+        Args:
+            image, text: (B, D) momentum features of all ranks, unit norm: every rank decides alike. Captions of one
+                picture stand beside each other.
+            progress: share of the training done. Before `start`, and while the queue is not full, all pairs teach.
         """
-        if self.config.rule == "mixture":
-            found = TwoNormals.fit(self.similarities)
-            end = found.end_of_lower(_ODDS).nan_to_num(_NONE)
-            return torch.where((found.apart > _HILLS) & (self.fill == len(self.similarities)), end, _NONE)
+        similarity = (image * text).sum(dim=1)
+        if progress < self.config.start:
+            kept, scalars = torch.ones_like(similarity, dtype=torch.bool), {}
+        elif self.config.rule == "mixture":
+            strangers = (image * text.roll(len(text) // 2, dims=0)).sum(dim=1)
+            found, end = self.lower_hill(strangers)
+            kept, scalars = ~found | (similarity >= end), {"filter_two_hills": found.float()}
+        else:
+            threshold = self.threshold()
+            kept, scalars = similarity >= threshold, {"filter_threshold": threshold}
+        kept = kept | (self.fill < len(self.similarities))
+        return Judgement(kept, {"filter_kept": kept.float().mean(), **scalars})
+
+    def threshold(self) -> Tensor:
+        """() float32: mean - deviations * standard deviation of the queue."""
         written = torch.arange(len(self.similarities), device=self.similarities.device) < self.fill
         count = self.fill.clamp_min(1)
         mean = (self.similarities * written).sum() / count
         variance = ((self.similarities - mean).square() * written).sum() / count
         return mean - self.config.deviations * variance.sqrt()
 
-    @torch.no_grad()
-    def keep(self, image: Tensor, text: Tensor, threshold: Tensor, progress: float) -> Tensor:
-        """Which pairs of the global batch teach.
+    def lower_hill(self, strangers: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether the queue, which is full, has a hill of pairs that do not belong together, () bool, and where it
+        ends, () float32.
 
         Args:
-            image, text: (B, D) momentum features of all ranks, unit norm: every rank decides alike.
-            threshold: ().
-            progress: share of the training done. Before `start`, and while the queue is not full, all pairs teach.
-
-        Returns:
-            (B,) bool.
+            strangers: (B,), similarities of pictures with captions of others.
         """
-        similarity = (image * text).sum(dim=1)
-        if progress < self.config.start:
-            return torch.ones_like(similarity, dtype=torch.bool)
-        return (similarity >= threshold) | (self.fill < len(self.similarities))
+        fitted = TwoNormals.fit(self.similarities)
+        end = fitted.end_of_lower(_ODDS)
+        reach = strangers.mean() + _REACH * strangers.std(correction=0)
+        strange = (fitted.shares[0] < 0.5) & (fitted.means[0] < reach)
+        return (fitted.apart > _HILLS) & strange & ~end.isnan(), end
 
     @torch.no_grad()
     def enqueue(self, image: Tensor, text: Tensor) -> None:

@@ -1,3 +1,4 @@
+import math
 import statistics
 
 import pytest
@@ -8,6 +9,7 @@ from cots.config import ContrastiveConfig, NoiseFilterConfig, ObjectiveConfig
 from cots.objectives.collaborative import CollaborativeObjective
 from cots.objectives.noise_filter import NoiseFilter
 from cots.objectives.retrieval import MomentumFeatures, PairFeatures
+from cots.objectives.two_normals import TwoNormals
 
 D = 8
 
@@ -35,26 +37,88 @@ def test_pairs_below_the_threshold_do_not_teach() -> None:
     noise_filter = NoiseFilter(NoiseFilterConfig(queue_size=4, deviations=1.0, start=0.5))
     pairs = _pairs_with([0.6, -0.2, 0.5])
     noise_filter.enqueue(*_pairs_with([0.5, 0.6]))
-    assert noise_filter.keep(*pairs, noise_filter.threshold(), progress=1.0).all()  # the queue is not full
+    assert noise_filter.judge(*pairs, progress=1.0).kept.all()  # the queue is not full
     noise_filter.enqueue(*_pairs_with([0.5, 0.6]))
-    assert noise_filter.keep(*pairs, noise_filter.threshold(), progress=0.4).all()  # too early
-    assert noise_filter.keep(*pairs, noise_filter.threshold(), progress=0.5).tolist() == [True, False, True]
+    assert noise_filter.judge(*pairs, progress=0.4).kept.all()  # too early
+    assert noise_filter.judge(*pairs, progress=0.5).kept.tolist() == [True, False, True]
 
 
-def test_a_mixture_leaves_out_the_lower_hill_and_nothing_where_there_is_one() -> None:
-    random = torch.Generator().manual_seed(0)
-    together, wrong = (mean + 0.1 * torch.randn(1000, generator=random) for mean in (0.55, 0.0))
-    pairs = _pairs_with([-0.2, 0.0, 0.2, 0.4, 0.6])
-    noise_filter = NoiseFilter(NoiseFilterConfig(queue_size=1000, rule="mixture", start=0.0))
-    noise_filter.enqueue(*_pairs_with([*together[:700].tolist(), *wrong[:200].tolist()]))
-    assert noise_filter.keep(*pairs, noise_filter.threshold(), progress=1.0).all()  # the queue is not full
-    assert noise_filter.threshold().item() == -1
-    noise_filter.enqueue(*_pairs_with(together[700:800].tolist()))
-    kept = noise_filter.keep(*pairs, noise_filter.threshold(), progress=1.0)
-    assert kept.tolist() == [False, False, False, True, True]
-    noise_filter.enqueue(*_pairs_with(together.tolist()))
-    assert noise_filter.keep(*pairs, noise_filter.threshold(), progress=1.0).all()
-    assert noise_filter.threshold().item() == -1
+RANDOM = torch.Generator().manual_seed(0)
+TOGETHER, STRANGERS = (mean + 0.1 * torch.randn(2000, generator=RANDOM) for mean in (0.55, 0.0))
+
+
+def _mixture(*parts: torch.Tensor) -> NoiseFilter:
+    """A filter whose queue is full of these similarities."""
+    values = torch.cat(parts)
+    noise_filter = NoiseFilter(NoiseFilterConfig(queue_size=len(values), rule="mixture", start=0.2))
+    noise_filter.similarities.copy_(values)
+    noise_filter.fill.fill_(len(values))
+    return noise_filter
+
+
+def _judged(noise_filter: NoiseFilter, progress: float = 1.0) -> list[bool]:
+    """Of pairs of these similarities; with the captions of others theirs are near 0."""
+    torch.manual_seed(0)
+    similarities = torch.tensor([-0.9, -0.2, 0.0, 0.2, 0.27, 0.4, 0.6, 1.0])
+    image = F.normalize(torch.randn(len(similarities), 1000), dim=1)
+    across = torch.randn_like(image)
+    across = F.normalize(across - (across * image).sum(dim=1, keepdim=True) * image, dim=1)
+    text = similarities[:, None] * image + (1 - similarities.square())[:, None].sqrt() * across
+    return noise_filter.judge(image, text, progress).kept.tolist()
+
+
+def test_a_mixture_leaves_out_the_lower_hill() -> None:
+    noise_filter = _mixture(TOGETHER[:800], STRANGERS[:200])
+    assert _judged(noise_filter) == [False, False, False, False, True, True, True, True]
+    assert all(_judged(noise_filter, progress=0.1))
+    noise_filter.fill -= 1
+    assert all(_judged(noise_filter))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (TOGETHER,),
+        (0.7 - 0.1 * (TOGETHER[:1000] * 5).exp() / 15,),  # skewed
+        (TOGETHER[:400], STRANGERS[:600]),  # the lower one is the larger
+        (TOGETHER[:800] + 0.3, TOGETHER[:200] - 0.1),  # two sources
+    ],
+    ids=["one hill", "skewed", "mostly low", "two sources"],
+)
+def test_a_mixture_leaves_out_nothing_else(parts: tuple[torch.Tensor, ...]) -> None:
+    assert all(_judged(_mixture(*parts)))
+
+
+@pytest.mark.parametrize(("distance", "found"), [(0.19, False), (0.24, True)])
+def test_hills_are_two_deviations_apart(monkeypatch: pytest.MonkeyPatch, distance: float, found: bool) -> None:
+    means = torch.tensor([0.0, distance])
+    fitted = TwoNormals(torch.tensor([0.2, 0.8]), means, torch.tensor([0.1, 0.1]))
+    monkeypatch.setattr(TwoNormals, "fit", lambda _: fitted)
+    assert bool(_mixture(TOGETHER).lower_hill(STRANGERS)[0]) == found
+
+
+def test_a_pair_is_left_out_at_odds_of_nine(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted = TwoNormals(torch.tensor([0.2, 0.8]), torch.tensor([0.0, 0.55]), torch.tensor([0.1, 0.1]))
+    monkeypatch.setattr(TwoNormals, "fit", lambda _: fitted)
+    # the logarithm of the odds falls by 0.55 / 0.1^2 = 55 a unit, from log(0.2 / 0.8) in the middle
+    expected = 0.275 + (math.log(0.2 / 0.8) - math.log(9)) / 55
+    assert _mixture(TOGETHER).lower_hill(STRANGERS)[1].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_hill_without_an_end_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted = TwoNormals(torch.tensor([0.001, 0.999]), torch.tensor([0.0, 0.3]), torch.tensor([0.1, 0.14]))
+    assert fitted.apart > 2
+    assert fitted.end_of_lower(9).isnan()
+    monkeypatch.setattr(TwoNormals, "fit", lambda _: fitted)
+    assert all(_judged(_mixture(TOGETHER)))
+
+
+def test_a_mixture_wants_many_similarities_and_no_deviations() -> None:
+    with pytest.raises(ValueError, match="finds two hills in any few similarities; set queue_size to 1000 or more"):
+        NoiseFilterConfig(rule="mixture", queue_size=999)
+    with pytest.raises(ValueError, match="deviations has no effect with rule=mixture"):
+        NoiseFilterConfig(rule="mixture", queue_size=1000, deviations=0.5)
+    assert not NoiseFilter(NoiseFilterConfig(rule="mixture")).enabled
 
 
 def _batch(similarities: list[float]) -> PairFeatures:
@@ -89,6 +153,22 @@ def test_a_filtered_pair_gets_no_gradient_and_does_not_dilute_the_mean() -> None
     momentum = MomentumFeatures(batch.by_momentum.image[rows], batch.by_momentum.text[rows])
     kept = PairFeatures(batch.image[rows], batch.text[rows], ids, ids, momentum)
     assert output.loss.item() == pytest.approx(plain(kept).loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("progress", [0.1, 1.0])
+def test_what_a_mixture_finds_is_logged_and_gets_no_gradient(progress: float) -> None:
+    config = ObjectiveConfig(contrastive=ContrastiveConfig(queue_size=8))
+    objective = CollaborativeObjective(config, D)
+    objective.enqueue(_batch([0.5, 0.6, 0.5, 0.6]))
+    objective.filter = _mixture(TOGETHER[:800], STRANGERS[:200])
+    batch = _batch([0.6, -0.2, 0.6, 0.5])
+    output = objective(batch, progress)
+    output.loss.backward()
+    found = progress == 1.0
+    assert output.scalars["filter_kept"].item() == pytest.approx(0.75 if found else 1.0)
+    assert ("filter_two_hills" in output.scalars) == found
+    assert (batch.image.grad[1].abs().sum() == 0) == found
+    assert "filter_threshold" not in output.scalars
 
 
 def test_without_a_queue_nothing_is_filtered_or_logged() -> None:

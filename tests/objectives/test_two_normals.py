@@ -65,9 +65,11 @@ def test_one_hill_is_not_taken_for_two(shape: str) -> None:
         "normal": 0.5 + 0.1 * normal,
         "skewed": 0.8 - 0.1 * (0.5 * normal).exp(),
         "heavy": 0.5 + 0.1 * normal / (torch.randn(4, 20_000, generator=random).square().mean(dim=0)).sqrt(),
-        "all alike": torch.full((1000,), 0.7),
+        "all alike": torch.full((1000,), 0.5),
     }[shape]
-    assert not TwoNormals.fit(values).apart > 2
+    found = TwoNormals.fit(values)
+    assert all(torch.isfinite(part).all() for part in (found.shares, found.means, found.deviations, found.apart))
+    assert found.apart < 2
 
 
 @pytest.mark.parametrize("deviations", [(0.15, 0.1), (0.1, 0.1), (0.08, 0.12), (0.1, 0.1001)])
@@ -86,3 +88,20 @@ def test_the_lower_one_ends_where_the_odds_are_met(deviations: tuple[float, floa
 def test_a_lower_one_that_no_number_is_surely_of_has_no_end() -> None:
     found = TwoNormals(torch.tensor([0.01, 0.99]), torch.tensor([0.5, 0.6]), torch.tensor([0.05, 0.1]))
     assert found.end_of_lower(9.0).isnan()
+
+
+def test_the_lower_one_ends_at_the_higher_mean_at_the_latest() -> None:
+    found = TwoNormals(torch.tensor([0.99, 0.01]), torch.tensor([0.2, 0.4]), torch.tensor([0.1, 0.09]))
+    assert found.end_of_lower(1.0).item() == pytest.approx(0.4)
+
+
+def test_the_distance_is_in_root_mean_square_deviations() -> None:
+    found = TwoNormals(torch.tensor([0.5, 0.5]), torch.tensor([0.1, 0.6]), torch.tensor([0.05, 0.15]))
+    assert found.apart.item() == pytest.approx(0.5 / math.sqrt((0.05**2 + 0.15**2) / 2))
+
+
+def test_an_outlier_is_fitted_by_numbers() -> None:
+    values = torch.full((12_800,), 0.5)
+    values[0] = -0.5
+    found = TwoNormals.fit(values)
+    assert all(torch.isfinite(part).all() for part in (found.shares, found.means, found.deviations, found.apart))

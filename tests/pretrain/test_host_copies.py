@@ -47,7 +47,7 @@ def test_a_step_copies_nothing_from_the_cpu(
     frames: int,
     rule: str,
 ) -> None:
-    every_level["noise_filter"]["rule"] = rule
+    every_level["noise_filter"] |= {"rule": rule, "queue_size": 1000}
     data = {"frames_per_item": frames, "captions_per_item": 2}
     run = Run(make_config(objective=every_level, data=data), Ranks(0, 1, torch.device("cpu")))
     stepper = run.stepper.outlined()

@@ -8,7 +8,6 @@ import signal
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from PIL import Image
 from cots.config import PretrainConfig
 from cots.errors import ConfigError, TrainingError
 from cots.tokenizer_config import VisualTokenizerTrainingConfig
-from pretrain.step import TrainingStep
 from pretrain.step_trace import FILE
 from pretrain.tokenizer_training import train_visual_tokenizer
 from pretrain.trainer import Run, pretrain
@@ -126,36 +124,3 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(make_config: MakeConfig) 
     torch.save(state, checkpoint)
     with pytest.raises(ConfigError, match="is of an earlier version of COTS, whose steps to come had other samples"):
         pretrain(make_config(training={"epochs": 1, "checkpoint_steps": 3, "resume": True}))
-
-
-def test_a_deterministic_run_takes_the_same_steps_and_leaves_torch_as_it_was(
-    make_config: MakeConfig, every_level: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a CPU; what it is for is asked in test_gpu_training.py."""
-    losses, asked = {}, []
-    take = TrainingStep.take
-
-    def watched(*arguments: Any) -> dict[str, torch.Tensor]:
-        asked.append(torch.are_deterministic_algorithms_enabled())
-        return take(*arguments)
-
-    monkeypatch.setattr(TrainingStep, "take", watched)
-    for deterministic in (False, True):
-        training = {"deterministic": deterministic, "accumulation": 2, "epochs": 1}
-        run = pretrain(make_config(str(deterministic), objective=every_level, training=training))
-        rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-        losses[deterministic] = [row["loss"] for row in rows if "loss" in row]
-        assert not torch.are_deterministic_algorithms_enabled()
-        assert torch.utils.deterministic.fill_uninitialized_memory
-    assert asked == [False] * 6 + [True] * 6
-    assert losses[True] == losses[False]
-
-
-def test_what_has_no_deterministic_form_is_named(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def take(*_: object) -> dict[str, torch.Tensor]:
-        return {"loss": torch.zeros(2).put_(torch.tensor([0]), torch.ones(1)).sum()}
-
-    monkeypatch.setattr(TrainingStep, "take", take)
-    with pytest.raises(ConfigError, match=r"deterministic=true: put_ does not have a deterministic .* leave"):
-        pretrain(make_config(training={"deterministic": True}))
-    assert not torch.are_deterministic_algorithms_enabled()
