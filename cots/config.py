@@ -174,7 +174,8 @@ class NoiseFilterConfig(Settings):
     rule: Literal["deviations", "mixture"] = "deviations"
     """What is unusually low. `deviations`, as in the paper: so far below the mean, by which some pairs are left out of
     any training. `mixture`: of the lower one of two hills, with odds of nine to one, if it is the smaller one and lies
-    where captions of other pictures lie; where there is no such hill every pair teaches."""
+    where captions of other pictures lie, and the higher one does not; where there is no such hill, every pair
+    teaches."""
     deviations: float = Field(1.0)
     """With `rule: deviations` the threshold lies this many standard deviations below the mean."""
     start: float = Field(0.1, ge=0, le=1)

@@ -15,7 +15,7 @@ _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 @contextmanager
 def deterministic_arithmetic(asked: bool) -> Iterator[None]:
-    """Where `asked`, torch adds up in one order alone, by what it measures of no kernel; else nothing changes.
+    """Where `asked`, torch adds up in one order alone and chooses no kernel by timing it; else nothing changes.
 
     A GPU's sums come out differently from run to run for two reasons: threads that add to one place in whatever order
     they get there, and kernels that are chosen by their time. What is compiled within takes `compile_options`. The

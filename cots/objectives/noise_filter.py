@@ -6,8 +6,9 @@ towers: what is unusual is measured against what is usual at that time.
 
 Some pairs are always so many deviations below the mean, also where all belong together. The other rule is ours: pairs
 are left out only if the similarities form two hills, of which the lower one is the smaller and lies where the
-similarities of pictures with captions of others lie; then those that are of it. (Two sources, one of them harder than
-the other, make two hills as well; the lower of these is far above what a caption of another picture has.)
+similarities of pictures with captions of others lie, and the higher one does not; then those that are of it. (Two
+sources, one of them harder than the other, make two hills as well; the lower of these is far above what a caption of
+another picture has.)
 """
 
 from dataclasses import dataclass
@@ -96,10 +97,13 @@ class NoiseFilter(nn.Module):
             strangers: (B,), similarities of pictures with captions of others.
         """
         fitted = TwoNormals.fit(self.similarities)
-        end = fitted.end_of_lower(_ODDS)
-        reach = strangers.mean() + _REACH * strangers.std(correction=0)
-        strange = (fitted.shares[0] < 0.5) & (fitted.means[0] < reach)
-        return (fitted.apart > _HILLS) & strange & ~end.isnan(), end
+        (low, high), end = fitted.means, fitted.end_of_lower(_ODDS)
+        mean, deviation = strangers.mean(), strangers.std(correction=0)
+        strange = (fitted.shares[0] < 0.5) & (low < mean + _REACH * deviation)
+        # before the towers tell pairs from strangers, two hills are but older similarities and newer ones
+        deviations = torch.stack([deviation, fitted.deviations[1]])
+        told = TwoNormals(fitted.shares, torch.stack([mean, high]), deviations).apart > _HILLS
+        return (fitted.apart > _HILLS) & strange & told & ~end.isnan(), end
 
     @torch.no_grad()
     def enqueue(self, image: Tensor, text: Tensor) -> None:

@@ -1,5 +1,6 @@
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,6 +98,14 @@ def test_hills_are_two_deviations_apart(monkeypatch: pytest.MonkeyPatch, distanc
     assert bool(_mixture(TOGETHER).lower_hill(STRANGERS)[0]) == found
 
 
+def test_towers_that_do_not_tell_pairs_from_strangers_find_nothing() -> None:
+    """The queue holds similarities of two times, between which all rose."""
+    noise_filter = _mixture(TOGETHER[:600], STRANGERS[:400])
+    assert noise_filter.lower_hill(STRANGERS)[0]
+    assert not noise_filter.lower_hill(TOGETHER)[0]
+    assert not noise_filter.lower_hill(STRANGERS + 0.4)[0]
+
+
 def test_a_pair_is_left_out_at_odds_of_nine(monkeypatch: pytest.MonkeyPatch) -> None:
     fitted = TwoNormals(torch.tensor([0.2, 0.8]), torch.tensor([0.0, 0.55]), torch.tensor([0.1, 0.1]))
     monkeypatch.setattr(TwoNormals, "fit", lambda _: fitted)
@@ -161,7 +170,13 @@ def test_what_a_mixture_finds_is_logged_and_gets_no_gradient(progress: float) ->
     objective = CollaborativeObjective(config, D)
     objective.enqueue(_batch([0.5, 0.6, 0.5, 0.6]))
     objective.filter = _mixture(TOGETHER[:800], STRANGERS[:200])
-    batch = _batch([0.6, -0.2, 0.6, 0.5])
+    similarities = torch.tensor([0.6, -0.2, 0.6, 0.5])
+    axes = torch.eye(D)
+    image, text = (
+        axes[::2],
+        similarities[:, None] * axes[::2] + (1 - similarities.square())[:, None].sqrt() * axes[1::2],
+    )
+    batch = replace(_batch([0.0] * 4), momentum=MomentumFeatures(image, text))
     output = objective(batch, progress)
     output.loss.backward()
     found = progress == 1.0
